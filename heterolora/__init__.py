@@ -1,0 +1,58 @@
+"""Mixed-rank LoRA: search where the rank goes, and train it with fused kernels.
+
+Importing this package costs what importing torch costs; transformers, peft and datasets load with the first name that
+needs them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Not lazy: a submodule and a function share the name, and a later `import heterolora.fuse` must not hide the function.
+from heterolora.fuse import FuseReport, fuse, unfuse
+
+if TYPE_CHECKING:
+    from heterolora import errors, kernels
+    from heterolora.io import load_adapter, save_adapter
+    from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
+    from heterolora.training import FuseCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Allocation",
+    "Budget",
+    "FuseCallback",
+    "FuseReport",
+    "SearchSpace",
+    "adapt",
+    "allocate",
+    "errors",
+    "fuse",
+    "kernels",
+    "load_adapter",
+    "save_adapter",
+    "unfuse",
+]
+
+_HOME = {
+    "Allocation": "search",
+    "Budget": "search",
+    "FuseCallback": "training",
+    "SearchSpace": "search",
+    "adapt": "search",
+    "allocate": "search",
+    "load_adapter": "io",
+    "save_adapter": "io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("errors", "kernels"):
+        return import_module(f"{__name__}.{name}")
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

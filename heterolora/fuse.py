@@ -1,0 +1,149 @@
+"""`fuse` and `unfuse`: run a PEFT LoRA model's layers through the group op, and back."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from heterolora.errors import FuseError
+
+__all__ = ["FuseReport", "fuse", "unfuse"]
+
+_BACKENDS = ("auto", "aten")
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What became of every LoRA layer; names as in the base model, as in `Allocation.ranks`.
+
+    Attributes:
+        fused: implementation each fused layer runs on.
+        declined: why each other layer keeps PEFT's own forward for now. Reasons that can pass
+            (merged, disabled, active dropout, ...) are looked at again at every call.
+        groups: layers known so far to share one input, which run as one operation.
+    """
+
+    fused: dict[str, str] = field(default_factory=dict)
+    declined: dict[str, str] = field(default_factory=dict)
+    groups: tuple[tuple[str, ...], ...] = ()
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.fused)} LoRA layers fused, {len(self.declined)} declined, "
+            f"{len(self.groups)} groups"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.declined.items():
+            reasons.setdefault(reason, []).append(name)
+        lines += [f"  declined, {why}: {', '.join(names)}" for why, names in reasons.items()]
+        return "\n".join(lines)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    backend: str = "auto",
+    example: Mapping[str, Any] | None = None,
+) -> FuseReport:
+    """Run the LoRA layers of a PEFT model on the fused path, in place and reversibly.
+
+    Parameters, module names and what `save_pretrained` writes stay PEFT's; only the `forward` of
+    each layer instance is bound. Layers that share an input are found while the model runs and then
+    run as one operation: from the second forward pass on, or from the first if `example` is given.
+    Calling it again picks up layers that came since.
+
+    Args:
+        model: a `PeftModel`, or any model with LoRA layers injected.
+        strict: raise instead of declining any layer.
+        backend: "auto" or "aten".
+        example: keyword arguments of one forward pass, on the model's device. Used once, without
+            gradients, in evaluation mode and with the random state restored, to find the groups
+            before the first step, so that a resumed run repeats the first one to the bit.
+
+    Returns:
+        The state of every LoRA layer.
+
+    Raises:
+        FuseError: no LoRA layer in the model, an unknown backend, or a declined layer with
+            `strict=True`; the model is left as it was.
+    """
+    # Here, so that importing heterolora does not import peft and transformers.
+    from peft.tuners.lora.layer import Linear
+
+    from heterolora.binding import Fusion
+    from heterolora.decline import layer_reason
+
+    if backend not in _BACKENDS:
+        raise FuseError(f"unknown backend {backend!r}; choose one of {', '.join(_BACKENDS)}")
+    layers = _lora_layers(model)
+    if not layers:
+        raise FuseError(
+            "this model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...))"
+        )
+    earlier = model.__dict__.get("_heterolora")
+    bound = () if earlier is None else earlier.members
+    declined = {}
+    for name, layer in layers.items():
+        reason = layer_reason(layer)
+        if reason is None and "forward" in layer.__dict__ and name not in bound:
+            reason = "forward replaced on the layer by other code"
+        if reason is not None:
+            declined[name] = reason
+    if strict and declined:
+        names = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+        raise FuseError(f"strict=True, but {len(declined)} layers cannot be fused: {names}")
+
+    unfuse(model)
+    free = {n: m for n, m in layers.items() if type(m) is Linear and "forward" not in m.__dict__}
+    fusion = Fusion(_entries(model), free)
+    model._heterolora = fusion
+    if earlier is not None:
+        fusion.adopt(earlier)
+    if example is not None and fusion.unseen:
+        with _undisturbed(model):
+            model(**example)
+        fusion.commit()
+    return FuseReport(
+        fused={name: "aten" for name in layers if name not in declined},
+        declined=declined,
+        groups=tuple(tuple(m.name for m in group.members) for group in fusion.groups),
+    )
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every layer PEFT's own forward back. A model that is not fused is left alone."""
+    fusion = model.__dict__.pop("_heterolora", None)
+    if fusion is not None:
+        fusion.remove()
+
+
+def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    from peft.tuners.lora.layer import LoraLayer
+
+    root = _entries(model)[-1]
+    return {name: m for name, m in root.named_modules() if isinstance(m, LoraLayer)}
+
+
+def _entries(model: nn.Module) -> list[nn.Module]:
+    """The modules a forward pass can start at, outermost first; the last one is the base model."""
+    if not hasattr(model, "get_base_model"):
+        return [model]
+    # A PeftModel's forward calls the tuner, its generate() calls the base model directly.
+    return list(dict.fromkeys([model, model.base_model, model.get_base_model()]))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, and the random state put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,150 @@
+"""The group ops by matmul and addmm: the CPU path, and the baseline every Triton kernel has to beat.
+
+The low-rank product is written first and the base matmul accumulates onto it (beta = 1), so no
+intermediate of the size of the output is ever made. A and B are cast to the dtype of x; x, the
+large one, never is.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import GroupLayout
+
+__all__ = ["group_linear", "group_linear_backward"]
+
+
+def group_linear(
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    layout: GroupLayout,
+) -> tuple[list[Tensor], Tensor]:
+    """Forward of a group.
+
+    Args:
+        sources: distinct inputs [..., k_i] with equal leading dimensions; the first is x.
+        weights: [n_i, k] for each site, in the dtype of x.
+        biases: [n_i] or None for each site, in the dtype of x.
+        a: [r_j, k_source] for each branch, any float dtype.
+        b: [n_site, r_j] for each branch, any float dtype.
+        scales: for each branch.
+        layout: packing of the branches in S.
+
+    Returns:
+        The outputs [..., n_i] in the dtype of x, and S [m, layout.columns] for the backward pass.
+    """
+    x = _rows(sources[0])
+    s = x.new_empty(x.shape[0], layout.columns)
+    for source, branches, columns in zip(sources, layout.by_source, layout.source, strict=True):
+        if branches:
+            stacked = _stack([a[j] for j in branches], x.dtype)
+            torch.mm(_rows(source), stacked.t(), out=s[:, slice(*columns)])
+
+    outputs = []
+    for weight, bias, branches in zip(weights, biases, layout.by_site, strict=True):
+        if not branches:
+            y = torch.nn.functional.linear(x, weight, bias)
+        else:
+            y = None
+            for j in branches:
+                s_j = s[:, slice(*layout.branch[j])]
+                b_j = _scaled(b[j], scales[j], x.dtype).t()
+                if y is not None:
+                    y.addmm_(s_j, b_j)
+                elif bias is not None:
+                    y = torch.addmm(bias, s_j, b_j)
+                else:
+                    y = torch.mm(s_j, b_j)
+            y.addmm_(x, weight.t())
+        outputs.append(y.view(*sources[0].shape[:-1], weight.shape[0]))
+    return outputs, s
+
+
+def group_linear_backward(
+    grads: Sequence[Tensor | None],
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scales: Sequence[float],
+    layout: GroupLayout,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Backward of a group: only the gradients asked for.
+
+    Args:
+        grads: dY [..., n_i] for each site; None for an output that nothing depends on.
+        s: [m, layout.columns] as the forward pass returned it.
+        needs: one flag for each source, then each site's bias, then each A, then each B.
+
+    Returns:
+        The gradients whose flag is set, in that order; those of A and B in their parameter's dtype.
+    """
+    dy = [None if grad is None else _rows(grad) for grad in grads]
+    q, p, t = len(sources), len(weights), len(a)
+    need_source, need_bias = needs[:q], needs[q : q + p]
+    need_a, need_b = needs[q + p : q + p + t], needs[q + p + t :]
+
+    ds = torch.empty_like(s)
+    d_b = [torch.zeros_like(b[j]) if need_b[j] else None for j in range(t)]
+    for grad, branches in zip(dy, layout.by_site, strict=True):
+        for j in branches:
+            columns = slice(*layout.branch[j])
+            if grad is None:
+                ds[:, columns].zero_()
+                continue
+            torch.mm(grad, _scaled(b[j], scales[j], s.dtype), out=ds[:, columns])
+            if need_b[j]:
+                d_b[j] = torch.mm(grad.t(), s[:, columns]).to(b[j].dtype).mul_(scales[j])
+
+    d_a = [torch.zeros_like(a[j]) if need_a[j] else None for j in range(t)]
+    d_source: list[Tensor | None] = [None] * q
+    for i, (source, branches) in enumerate(zip(sources, layout.by_source, strict=True)):
+        start, stop = layout.source[i]
+        if any(need_a[j] for j in branches):
+            stacked = torch.mm(ds[:, start:stop].t(), _rows(source))
+            for j in branches:
+                if need_a[j]:
+                    part = stacked[layout.branch[j].start - start : layout.branch[j].stop - start]
+                    # Autograd keeps this as .grad; a view would keep the whole stack with it.
+                    d_a[j] = part.to(a[j].dtype, copy=len(branches) > 1)
+        if need_source[i]:
+            grad = None
+            if branches:
+                grad = torch.mm(ds[:, start:stop], _stack([a[j] for j in branches], s.dtype))
+            for grad_output, weight in zip(dy, weights, strict=True) if i == 0 else ():
+                if grad_output is None:
+                    continue
+                if grad is None:
+                    grad = torch.mm(grad_output, weight)
+                else:
+                    grad.addmm_(grad_output, weight)
+            if grad is None:
+                grad = s.new_zeros(source.shape)
+            d_source[i] = grad.view(source.shape)
+
+    d_bias = [
+        None if not need else weight.new_zeros(weight.shape[0]) if grad is None else grad.sum(0)
+        for need, grad, weight in zip(need_bias, dy, weights, strict=True)
+    ]
+    return [grad for grad in (*d_source, *d_bias, *d_a, *d_b) if grad is not None]
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (factors[0] if len(factors) == 1 else torch.cat(list(factors))).to(dtype)
+
+
+def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Scaled in the parameter's own precision: B is small, and rounding it twice is not."""
+    return (b * scale).to(dtype)

@@ -1,0 +1,220 @@
+"""Registration with torch: one op for a group's forward, one for its backward, each opaque to compilers."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import aten
+from .layout import Branch, GroupLayout, Site, group_layout
+
+__all__ = ["group_linear"]
+
+_LIBRARY = torch.library.Library("heterolora", "DEF")
+_LIBRARY.define(
+    "group_linear(Tensor[] sources, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, "
+    "float[] scales, int[] branch_site, int[] branch_source) -> (Tensor[], Tensor)"
+)
+_LIBRARY.define(
+    "group_linear_backward(Tensor?[] grads, Tensor[] sources, Tensor[] weights, Tensor[] a, "
+    "Tensor[] b, Tensor s, float[] scales, int[] branch_site, int[] branch_source, bool[] needs) "
+    "-> Tensor[]"
+)
+
+
+def group_linear(x: Tensor, sites: Sequence[Site], branches: Sequence[Branch]) -> list[Tensor]:
+    """Apply all sites that read x, each with its low-rank branches, as one operation.
+
+    ``y_i = x W_i^T + b_i + sum_j s_j ((u_j * mask_j) A_j^T) B_j^T``; :mod:`.spec` is its meaning.
+    Kept for the backward pass: each source once, and S = u A^T of all branches, packed.
+    Differentiable once in x, the sources, the biases, A and B; the weights are frozen. Under
+    autocast x, the weights and the biases are cast as `torch.nn.functional.linear` casts them.
+
+    Args:
+        x: [..., k], float64, float32, bfloat16 or float16.
+        sites: the frozen layers, weights [n_i, k] in the dtype of x.
+        branches: the low-rank additions; A and B may be float32 whatever the dtype of x. Ranks
+            differ freely; rank 0 costs nothing.
+
+    Returns:
+        [..., n_i] for each site, in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes or indices do not fit, or a weight requires a gradient.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        sites = [
+            Site(site.weight.to(dtype), None if site.bias is None else site.bias.to(dtype))
+            for site in sites
+        ]
+    sources = [x]
+    branch_source = []
+    for branch in branches:
+        source = x if branch.source is None else branch.source
+        if source.dtype != x.dtype:
+            source = source.to(x.dtype)
+        if branch.mask is not None:
+            source = source * branch.mask
+        position = next((i for i, known in enumerate(sources) if known is source), len(sources))
+        if position == len(sources):
+            sources.append(source)
+        branch_source.append(position)
+    factors_b, scales = [], []
+    for branch in branches:
+        by_tensor = isinstance(branch.scale, Tensor)
+        factors_b.append(branch.b * branch.scale if by_tensor else branch.b)
+        scales.append(1.0 if by_tensor else float(branch.scale))
+    _check(x, sites, branches, sources)
+    outputs, _ = torch.ops.heterolora.group_linear(
+        sources,
+        [site.weight for site in sites],
+        [site.bias for site in sites],
+        [branch.a for branch in branches],
+        factors_b,
+        scales,
+        [branch.site for branch in branches],
+        branch_source,
+    )
+    return outputs
+
+
+def _check(
+    x: Tensor, sites: Sequence[Site], branches: Sequence[Branch], sources: Sequence[Tensor]
+) -> None:
+    if not sites:
+        raise ValueError("group_linear needs at least one site")
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be a float tensor [..., k], got {x.dtype} {tuple(x.shape)}")
+    for i, site in enumerate(sites):
+        weight, bias = site.weight, site.bias
+        if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+            raise ValueError(
+                f"site {i}: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}"
+            )
+        if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+            raise ValueError(f"site {i}: weight and bias must be {x.dtype} like x")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"site {i}: bias {tuple(bias.shape)} does not fit the weight")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"site {i}: base weights are frozen here, but this one needs a grad")
+    for source in sources:
+        if source.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"source {tuple(source.shape)} differs from x {tuple(x.shape)} before the last dim"
+            )
+    for j, branch in enumerate(branches):
+        if not 0 <= branch.site < len(sites):
+            raise ValueError(f"branch {j}: no site {branch.site} among {len(sites)}")
+        k = (x if branch.source is None else branch.source).shape[-1]
+        rank, n = branch.a.shape[0], sites[branch.site].weight.shape[0]
+        if tuple(branch.a.shape) != (rank, k) or tuple(branch.b.shape) != (n, rank):
+            raise ValueError(
+                f"branch {j}: A {tuple(branch.a.shape)} and B {tuple(branch.b.shape)} are not "
+                f"[r, {k}] and [{n}, r]"
+            )
+
+
+def _layout(
+    a: Sequence[Tensor],
+    branch_site: Sequence[int],
+    branch_source: Sequence[int],
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+) -> GroupLayout:
+    return group_layout(
+        [factor.shape[0] for factor in a],
+        branch_site,
+        branch_source,
+        sites=len(weights),
+        sources=len(sources),
+    )
+
+
+def _forward(sources, weights, biases, a, b, scales, branch_site, branch_source):  # type: ignore[no-untyped-def]
+    layout = _layout(a, branch_site, branch_source, weights, sources)
+    return aten.group_linear(sources, weights, biases, a, b, scales, layout)
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    grads, sources, weights, a, b, s, scales, branch_site, branch_source, needs
+):
+    layout = _layout(a, branch_site, branch_source, weights, sources)
+    return aten.group_linear_backward(
+        grads, sources, weights, a, b, s, scales, layout, needs
+    )
+
+
+def _forward_fake(sources, weights, biases, a, b, scales, branch_site, branch_source):  # type: ignore[no-untyped-def]
+    x = sources[0]
+    outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    return outputs, x.new_empty(math.prod(x.shape[:-1]), sum(factor.shape[0] for factor in a))
+
+
+def _backward_fake(  # type: ignore[no-untyped-def]
+    grads, sources, weights, a, b, s, scales, branch_site, branch_source, needs
+):
+    biases = [weight.new_empty(weight.shape[0]) for weight in weights]
+    like = [*(source.new_empty(source.shape) for source in sources), *biases]
+    like += [torch.empty_like(factor) for factor in (*a, *b)]
+    return [grad for grad, need in zip(like, needs, strict=True) if need]
+
+
+class _GroupLinear(torch.autograd.Function):
+    """Autograd over the flat list of tensors; the op below autograd does the work."""
+
+    @staticmethod
+    def forward(ctx: Any, meta: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        q, p, t, scales, branch_site, branch_source = meta
+        sources, weights = list(tensors[:q]), list(tensors[q : q + p])
+        biases = list(tensors[q + p : q + 2 * p])
+        a = list(tensors[q + 2 * p : q + 2 * p + t])
+        b = list(tensors[q + 2 * p + t :])
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs, s = torch.ops.heterolora.group_linear(
+                sources, weights, biases, a, b, scales, branch_site, branch_source
+            )
+        ctx.meta = meta
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(s)
+        ctx.save_for_backward(*sources, *weights, *a, *b, s)
+        return (*outputs, s)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        # torch's once_differentiable notices only a dY that needs a gradient, not A, B or x.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "group_linear can be differentiated once: call backward without create_graph=True, "
+                "or heterolora.unfuse(model) first"
+            )
+        q, p, t, scales, branch_site, branch_source = ctx.meta
+        *saved, s = ctx.saved_tensors
+        sources, weights = saved[:q], saved[q : q + p]
+        a, b = saved[q + p : q + p + t], saved[q + p + t :]
+        needed = ctx.needs_input_grad[1:]
+        # The weights lie between the sources and the biases, and never get a gradient.
+        needs = [*needed[:q], *needed[q + p :]]
+        found = iter(
+            torch.ops.heterolora.group_linear_backward(
+                list(grads[:p]), sources, weights, a, b, s, scales, branch_site, branch_source, needs
+            )
+        )
+        flat = [next(found) if need else None for need in needs]
+        return (None, *flat[:q], *[None] * p, *flat[q:])
+
+
+def _autograd(sources, weights, biases, a, b, scales, branch_site, branch_source):  # type: ignore[no-untyped-def]
+    meta = (len(sources), len(weights), len(a), scales, branch_site, branch_source)
+    *outputs, s = _GroupLinear.apply(meta, *sources, *weights, *biases, *a, *b)
+    return outputs, s
+
+
+_LIBRARY.impl("group_linear", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("group_linear", _autograd, "Autograd")
+_LIBRARY.impl("group_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("heterolora::group_linear", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("heterolora::group_linear_backward", _backward_fake, lib=_LIBRARY)

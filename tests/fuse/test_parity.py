@@ -1,0 +1,68 @@
+"""Fused against PEFT on every architecture: logits and every adapter gradient."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, CountOps, batch_for, build, error, step, with_lora
+
+import heterolora
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def adapted(request):
+    model = build(request.param)
+    return with_lora(model), batch_for(model)
+
+
+def test_float32_within_1e5(adapted):
+    model, batch = adapted
+    logits, grads = step(model, batch)
+    report = heterolora.fuse(model, example=batch)
+    assert not report.declined
+    with CountOps() as ops:
+        fused_logits, fused_grads = step(model, batch)
+    in_groups = sum(len(names) for names in report.groups)
+    assert ops.forward == ops.backward == len(report.fused) - in_groups + len(report.groups)
+    assert error(fused_logits, logits) < 1e-5
+    assert fused_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert error(fused_grads[name], grad) < 1e-5, name
+
+
+def test_bfloat16_within_twice_peft_error(adapted):
+    """Pooled over batches: a near-cancelling gradient or a flipped ReLU says little by itself."""
+    model, _ = adapted
+    peft = _low_precision(model, torch.bfloat16)
+    truth, fused = copy.deepcopy(peft).double(), copy.deepcopy(peft)
+    batches = [batch_for(model, rows=16, length=12, seed=seed) for seed in range(12)]
+    report = heterolora.fuse(fused, example=_cast(batches[0], torch.bfloat16))
+    assert report.fused and not report.declined
+    squares = Counter()
+    for batch in batches:
+        truths = _flat(step(truth, _cast(batch, torch.float64)))
+        for label, other in (("peft", peft), ("fused", fused)):
+            values = _flat(step(other, _cast(batch, torch.bfloat16)))
+            for name, value in values.items():
+                squares[label, name] += (value.double() - truths[name]).square().sum().item()
+    for name in truths:
+        assert squares["fused", name] ** 0.5 <= 2 * squares["peft", name] ** 0.5, name
+
+
+def _flat(result):
+    logits, grads = result
+    return {"logits": logits, **grads}
+
+
+def _low_precision(model, dtype):
+    """Base weights in dtype, adapters in float32: PEFT's default for a low-precision model."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _cast(batch, dtype):
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
