@@ -130,7 +130,7 @@ class Fusion:
             names = [member.name for member in group.members]
             if all(name in self.members for name in names):
                 self._add_group([self.members[name] for name in names])
-        self.unseen -= set(earlier.members) - earlier.unseen
+        self._saw(set(earlier.members) - earlier.unseen)
 
     def record(self, member: Member, x: Tensor) -> None:
         version = None if x.is_inference() else x._version
@@ -149,8 +149,11 @@ class Fusion:
             names = {member.name for member in run_}
             if len(names) == len(run_) > 1 and names <= self.unseen:
                 self._add_group(run_)
-            self.unseen -= names
+            self._saw(names)
         self._runs = []
+
+    def _saw(self, names: set[str]) -> None:
+        self.unseen -= names
         if not self.unseen:
             self._remove(self._handles)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from groups import GROUPS, Draw, leaves
+from heterolora.verify.groups import GROUPS, Draw, leaves
 from helpers import CountOps, error
 
 from heterolora.kernels import Branch, Site, group_linear, spec

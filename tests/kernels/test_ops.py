@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from groups import GROUPS, Draw, leaves
+from heterolora.verify.groups import GROUPS, Draw, leaves
 from functorch.compile import make_boxed_func
 from helpers import error
 from torch._dynamo.backends.common import aot_autograd

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from groups import GROUPS, Draw, leaves
+from heterolora.verify.groups import GROUPS, Draw, leaves
 
 from heterolora.kernels import Branch, spec
 

@@ -1,4 +1,4 @@
-"""Groups with every combination of branches, as keyword-free builders for the kernel tests."""
+"""Small groups that together hold every combination of branches the op has to get right."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from heterolora.kernels import Branch, Site
+
+__all__ = ["GROUPS", "Draw", "Group", "leaves"]
 
 Group = tuple[Tensor, list[Site], list[Branch]]
 
@@ -24,7 +26,7 @@ class Draw:
         weight = self.tensor(n, k, grad=False)
         return Site(weight, self.tensor(n) if bias else None)
 
-    def branch(self, site: int, rank: int, k: int, n: int, scale: float = 2.0, **options) -> Branch:
+    def branch(self, site: int, rank: int, k: int, n: int, scale: float = 2.0, **options: Tensor) -> Branch:
         a = torch.randn(rank, k, dtype=self.factor_dtype, requires_grad=True)
         b = torch.randn(n, rank, dtype=self.factor_dtype, requires_grad=True)
         return Branch(site, a, b, scale, **options)
