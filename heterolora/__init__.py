@@ -1,13 +1,14 @@
 """Mixed-rank LoRA: search where the rank goes, and train it with fused kernels.
 
-Importing this package costs what importing torch costs; transformers, peft and datasets load with the first name that
-needs them.
+Importing this package costs what importing torch costs; transformers, peft and datasets load with
+the first name that needs them.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Not lazy: a submodule and a function share the name, and a later `import heterolora.fuse` must not hide the function.
+# Not lazy: a submodule and a function share the name, and a later `import heterolora.fuse` must not
+# hide the function.
 from heterolora.fuse import FuseReport, fuse, unfuse
 
 if TYPE_CHECKING:

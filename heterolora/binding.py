@@ -25,7 +25,7 @@ logger = logging.getLogger("heterolora")
 class Member:
     """One LoRA layer bound to the fused path; its `forward` stands in the layer's instance dict."""
 
-    def __init__(self, name: str, layer: nn.Module, fusion: "Fusion") -> None:
+    def __init__(self, name: str, layer: Any, fusion: "Fusion") -> None:
         self.name = name
         self.layer = layer
         self.fusion = fusion

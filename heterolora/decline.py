@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (nn.Parameter, Tensor)
 
 
-def layer_reason(layer: nn.Module) -> str | None:
+def layer_reason(layer: Any) -> str | None:
     """Reason to decline whatever the input is, or None.
 
     Args:
@@ -57,7 +57,7 @@ def layer_reason(layer: nn.Module) -> str | None:
     )
 
 
-def input_reason(layer: nn.Module, x: Any) -> str | None:
+def input_reason(layer: Any, x: Any) -> str | None:
     """Reason to decline this input for a layer that :func:`layer_reason` accepts, or None."""
     weight = layer.base_layer.weight
     if type(x) not in _PLAIN:

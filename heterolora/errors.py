@@ -1,7 +1,7 @@
 """Every error a user can cause. Each names what is wrong and what to do about it.
 
-A caller can catch :class:`HeteroLoraError` for all of them; the command line prints the message on one line and exits
-with status 2.
+A caller can catch :class:`HeteroLoraError` for all of them; the command line prints the message on
+one line and exits with status 2.
 """
 
 __all__ = [
@@ -44,7 +44,7 @@ class ScoreError(HeteroLoraError):
 
 
 class DegenerateScoreError(ScoreError):
-    """A proxy is identically zero (SNIP and SynFlow at B = 0), so a ranking by it would be noise."""
+    """A proxy is identically zero (SNIP and SynFlow at B = 0): ranking by it would be noise."""
 
 
 class AllocationFileError(HeteroLoraError):
@@ -52,7 +52,7 @@ class AllocationFileError(HeteroLoraError):
 
 
 class FuseError(HeteroLoraError):
-    """`fuse` was given something that is not a PEFT LoRA model, or `strict=True` met a module it had to decline."""
+    """`fuse` was given no PEFT LoRA model, or `strict=True` met a module it had to decline."""
 
 
 class AdapterFileError(HeteroLoraError):

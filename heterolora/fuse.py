@@ -82,7 +82,8 @@ def fuse(
     layers = _lora_layers(model)
     if not layers:
         raise FuseError(
-            "this model has no LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...))"
+            "this model has no LoRA layers; wrap it first: "
+            "peft.get_peft_model(model, peft.LoraConfig(...))"
         )
     earlier = model.__dict__.get("_heterolora")
     bound = () if earlier is None else earlier.members
@@ -100,7 +101,7 @@ def fuse(
     unfuse(model)
     free = {n: m for n, m in layers.items() if type(m) is Linear and "forward" not in m.__dict__}
     fusion = Fusion(_entries(model), free)
-    model._heterolora = fusion
+    model.__dict__["_heterolora"] = fusion
     if earlier is not None:
         fusion.adopt(earlier)
     if example is not None and fusion.unseen:
@@ -128,7 +129,7 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in root.named_modules() if isinstance(m, LoraLayer)}
 
 
-def _entries(model: nn.Module) -> list[nn.Module]:
+def _entries(model: Any) -> list[nn.Module]:
     """The modules a forward pass can start at, outermost first; the last one is the base model."""
     if not hasattr(model, "get_base_model"):
         return [model]

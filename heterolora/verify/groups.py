@@ -26,7 +26,9 @@ class Draw:
         weight = self.tensor(n, k, grad=False)
         return Site(weight, self.tensor(n) if bias else None)
 
-    def branch(self, site: int, rank: int, k: int, n: int, scale: float = 2.0, **options: Tensor) -> Branch:
+    def branch(
+        self, site: int, rank: int, k: int, n: int, scale: float = 2.0, **options: Tensor
+    ) -> Branch:
         a = torch.randn(rank, k, dtype=self.factor_dtype, requires_grad=True)
         b = torch.randn(n, rank, dtype=self.factor_dtype, requires_grad=True)
         return Branch(site, a, b, scale, **options)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import heterolora
@@ -64,7 +65,7 @@ def _check_spec(case: str) -> str | None:
     tensors = leaves(group)
     try:
         torch.autograd.gradcheck(lambda *_: tuple(spec.group_linear(*group)), tensors)
-    except torch.autograd.gradcheck.GradcheckError as failure:
+    except GradcheckError as failure:
         return str(failure).strip().splitlines()[0]
     outputs = spec.group_linear(*group)
     grads = [torch.randn_like(y) for y in outputs]
@@ -143,7 +144,7 @@ def _outputs_and_gradients(
 def _double(group: Group) -> Group:
     known: dict[Tensor, Tensor] = {}
 
-    def to(tensor: Tensor | None) -> Tensor | None:
+    def to(tensor: Any) -> Any:
         if tensor is None:
             return None
         if tensor not in known:
@@ -154,9 +155,7 @@ def _double(group: Group) -> Group:
     return (
         to(x),
         [Site(to(s.weight), to(s.bias)) for s in sites],
-        [
-            Branch(b.site, to(b.a), to(b.b), b.scale, to(b.source), to(b.mask)) for b in branches
-        ],
+        [Branch(b.site, to(b.a), to(b.b), b.scale, to(b.source), to(b.mask)) for b in branches],
     )
 
 

@@ -1,4 +1,4 @@
-"""The group ops by matmul and addmm: the CPU path, and the baseline every Triton kernel has to beat.
+"""The group ops by matmul and addmm: the CPU path, and the baseline a Triton kernel has to beat.
 
 The low-rank product is written first and the base matmul accumulates onto it (beta = 1), so no
 intermediate of the size of the output is ever made. A and B are cast to the dtype of x; x, the
@@ -48,19 +48,19 @@ def group_linear(
 
     outputs = []
     for weight, bias, branches in zip(weights, biases, layout.by_site, strict=True):
-        if not branches:
+        y = None
+        for j in branches:
+            s_j = s[:, slice(*layout.branch[j])]
+            b_j = _scaled(b[j], scales[j], x.dtype).t()
+            if y is not None:
+                y.addmm_(s_j, b_j)
+            elif bias is not None:
+                y = torch.addmm(bias, s_j, b_j)
+            else:
+                y = torch.mm(s_j, b_j)
+        if y is None:
             y = torch.nn.functional.linear(x, weight, bias)
         else:
-            y = None
-            for j in branches:
-                s_j = s[:, slice(*layout.branch[j])]
-                b_j = _scaled(b[j], scales[j], x.dtype).t()
-                if y is not None:
-                    y.addmm_(s_j, b_j)
-                elif bias is not None:
-                    y = torch.addmm(bias, s_j, b_j)
-                else:
-                    y = torch.mm(s_j, b_j)
             y.addmm_(x, weight.t())
         outputs.append(y.view(*sources[0].shape[:-1], weight.shape[0]))
     return outputs, s

@@ -31,9 +31,9 @@ class Branch:
         site: index of the site it adds to.
         a: [r, k_source]. Rank 0 is allowed and adds nothing.
         b: [n, r].
-        scale: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA. A 0-dim tensor is taken as well.
+        scale: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; may be a 0-dim tensor.
         source: [..., k_source] with the leading dimensions of x; None means x itself.
-        mask: same shape as the source, already divided by the keep probability; None means no dropout.
+        mask: dropout mask, shaped like the source, already divided by the keep probability.
     """
 
     site: int
@@ -58,7 +58,7 @@ class GroupLayout:
     Attributes:
         columns: total width of S, the sum of all ranks.
         branch: columns of each branch, in the caller's order.
-        source: columns of each source's branches together; one product with their stacked A fills them.
+        source: columns of all branches of a source; one product with their stacked A fills them.
         by_source: the branch indices of each source, in packing order.
         by_site: the branch indices of each site, in packing order.
     """

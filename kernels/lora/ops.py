@@ -1,4 +1,4 @@
-"""Registration with torch: one op for a group's forward, one for its backward, each opaque to compilers."""
+"""Registration with torch: one op for a group's forward, one for its backward, both opaque."""
 
 import math
 from collections.abc import Sequence
@@ -143,9 +143,7 @@ def _backward(  # type: ignore[no-untyped-def]
     grads, sources, weights, a, b, s, scales, branch_site, branch_source, needs
 ):
     layout = _layout(a, branch_site, branch_source, weights, sources)
-    return aten.group_linear_backward(
-        grads, sources, weights, a, b, s, scales, layout, needs
-    )
+    return aten.group_linear_backward(grads, sources, weights, a, b, s, scales, layout, needs)
 
 
 def _forward_fake(sources, weights, biases, a, b, scales, branch_site, branch_source):  # type: ignore[no-untyped-def]
@@ -198,12 +196,11 @@ class _GroupLinear(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         # The weights lie between the sources and the biases, and never get a gradient.
         needs = [*needed[:q], *needed[q + p :]]
-        found = iter(
-            torch.ops.heterolora.group_linear_backward(
-                list(grads[:p]), sources, weights, a, b, s, scales, branch_site, branch_source, needs
-            )
+        found = torch.ops.heterolora.group_linear_backward(
+            list(grads[:p]), sources, weights, a, b, s, scales, branch_site, branch_source, needs
         )
-        flat = [next(found) if need else None for need in needs]
+        rest = iter(found)
+        flat = [next(rest) if need else None for need in needs]
         return (None, *flat[:q], *[None] * p, *flat[q:])
 
 

@@ -1,4 +1,4 @@
-"""The meaning of every op, in plain PyTorch and any dtype up to float64: slow, obvious, and the oracle of the tests."""
+"""The meaning of every op in plain PyTorch, any dtype up to float64: slow, obvious, the oracle."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class GroupGradients:
 
     Attributes:
         x: same shape as x.
-        source: one per branch, shaped like its source; None where the source is x, whose gradient is in `x`.
+        source: one per branch, shaped like its source; None where the source is x: see `x`.
         bias: [n], one per site; None for a site without bias.
         a: [r, k_source], one per branch.
         b: [n, r], one per branch.

@@ -1,4 +1,4 @@
-"""`fuse` and `unfuse` themselves: reversible, idempotent, invisible to PEFT, compilable, trainable."""
+"""`fuse` and `unfuse`: reversible, idempotent, invisible to PEFT, compilable, trainable."""
 
 import subprocess
 import sys

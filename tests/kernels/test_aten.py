@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from heterolora.verify.groups import GROUPS, Draw, leaves
 from helpers import CountOps, error
 
 from heterolora.kernels import Branch, Site, group_linear, spec
+from heterolora.verify.groups import GROUPS, Draw, leaves
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -67,10 +67,7 @@ def _map(group, change):
     return (
         get(x),
         [Site(get(s.weight), get(s.bias)) for s in sites],
-        [
-            Branch(b.site, get(b.a), get(b.b), b.scale, get(b.source), get(b.mask))
-            for b in branches
-        ],
+        [Branch(b.site, get(b.a), get(b.b), b.scale, get(b.source), get(b.mask)) for b in branches],
     )
 
 

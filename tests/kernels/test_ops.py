@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from heterolora.verify.groups import GROUPS, Draw, leaves
 from functorch.compile import make_boxed_func
 from helpers import error
 from torch._dynamo.backends.common import aot_autograd
 
 from heterolora.kernels import Branch, Site, group_linear, spec
+from heterolora.verify.groups import GROUPS, Draw, leaves
 
 
 def _arguments(group):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from heterolora.verify.groups import GROUPS, Draw, leaves
 
 from heterolora.kernels import Branch, spec
+from heterolora.verify.groups import GROUPS, Draw, leaves
 
 
 # gradcheck moves one element of an input at a time, which an expanded input does not have.
@@ -43,9 +43,7 @@ def test_backward_is_autograd_of_forward(name):
         torch.testing.assert_close(d_a, truth[branch.a])
         torch.testing.assert_close(d_b, truth[branch.b])
     for source in {b.source for b in branches if b.source is not None}:
-        parts = [
-            d for b, d in zip(branches, found.source, strict=True) if b.source is source
-        ]
+        parts = [d for b, d in zip(branches, found.source, strict=True) if b.source is source]
         torch.testing.assert_close(sum(parts), truth[source])
 
 

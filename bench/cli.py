@@ -1,0 +1,212 @@
+"""Command line of the bench, shared by `heterolora bench` and `python -m heterolora.bench`."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from heterolora.bench.cases import Case
+    from heterolora.bench.record import BenchRun, CaseResult
+
+__all__ = ["EPILOG", "add_arguments", "run"]
+
+EPILOG = """\
+examples:
+  heterolora bench --list
+  heterolora bench --quick
+  heterolora bench --case 'minilm-*' --rounds 15 --json minilm.json
+  heterolora bench --compile --out bench/results
+  heterolora bench --report bench/results
+"""
+
+_ROUNDS, _QUICK_ROUNDS = 15, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    parser.add_argument(
+        "--case",
+        action="append",
+        metavar="NAME",
+        help="case to run, or a pattern such as 'minilm-*'; may be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help=f"timed rounds a case (default: {_ROUNDS})"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{_QUICK_ROUNDS} rounds, and only the small cases unless --case names others",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="add torch.compile variants (about a minute each)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to one file")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write DIR/<device>/<case>.json for each case"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="print a Markdown table of the files in DIR"
+    )
+
+
+def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
+    """0: every case green, every variant ran. 1: a red parity gate, or a variant that failed.
+
+    Args:
+        args: from a parser that `add_arguments` filled.
+        argv: arguments for the record; default those of the process.
+
+    Raises:
+        BenchError: the request itself makes no sense (unknown case, no rounds, no such device,
+            ...).
+    """
+    from rich.console import Console
+
+    from heterolora.bench import cases, report
+
+    out = Console()
+    if args.report is not None:
+        # Not through the console: a Markdown table must not be wrapped to the terminal.
+        print(report.markdown_table(report.read_folder(args.report)), end="")
+        return 0
+    if args.list:
+        width = max(map(len, cases.CASES))
+        for case in cases.CASES.values():
+            print(f"{case.name:<{width}}  {case.description}")
+        return 0
+
+    import torch
+
+    from heterolora.bench import harness, record
+
+    chosen = cases.select(args.case, quick=args.quick)
+    rounds = args.rounds if args.rounds is not None else _QUICK_ROUNDS if args.quick else _ROUNDS
+    if rounds < 1:
+        raise harness.BenchError(f"--rounds must be at least 1, not {rounds}")
+    device = _device(args.device)
+    for target in filter(None, (args.json, args.out)):
+        _check_writable(target)
+
+    with harness.cpu_threads(args.threads):
+        measured = record.BenchRun(record.environment(device, argv), [])
+        for result in _results(chosen, rounds, device, args.compile):
+            measured.results.append(result)
+            _print_result(out, result)
+            if args.out is not None:
+                folder = args.out / record.slug(measured.environment["device"])
+                single = record.BenchRun(measured.environment, [result])
+                record.write_run(single, folder / f"{result.case}.json")
+            # After every case: an interrupted run keeps what it has measured.
+            if args.json is not None:
+                record.write_run(measured, args.json)
+        out.print(report.environment_line(measured), style="dim", highlight=False)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _status(measured)
+
+
+def _results(
+    chosen: "list[Case]", rounds: int, device: Any, compiled: bool
+) -> "Iterator[CaseResult]":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from heterolora.bench import cases
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        # A redraw thread would run, and be timed, inside the steps.
+        auto_refresh=False,
+    ) as progress:
+        for index, case in enumerate(chosen):
+            task = progress.add_task("", total=rounds)
+
+            def phase(text: str, task: Any = task, case: Any = case, index: int = index) -> None:
+                label = f"[{index + 1}/{len(chosen)}] {case.name}: {text}".replace("[", "\\[")
+                progress.update(task, description=label)
+                progress.refresh()
+
+            def done(count: int, task: Any = task) -> None:
+                progress.update(task, completed=count)
+                progress.refresh()
+
+            result = cases.run_case(
+                case,
+                device=device,
+                rounds=rounds,
+                compiled=compiled,
+                on_phase=phase,
+                on_round=done,
+            )
+            progress.remove_task(task)
+            yield result
+
+
+def _print_result(out: "Console", result: "CaseResult") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from heterolora.bench import report
+
+    if result.timing is None:
+        out.print(Text(f"{result.case}: RED, not timed. {result.parity.reason}", style="red"))
+        return
+    out.print(Text(f"{result.case}: {result.description}", style="bold"))
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, column in enumerate(report.HEADER):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in report.case_rows(result):
+        table.add_row(*row)
+    out.print(table)
+    gate = result.parity
+    out.print(
+        Text(f"parity: loss {gate.loss:.2g}, worst gradient {gate.gradient:.2g} ({gate.rule})")
+    )
+    for name, why in result.failed.items():
+        out.print(Text(f"{name} could not run: {why}", style="red"))
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    from heterolora.bench.harness import BenchError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BenchError(f"--device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BenchError(f"--device {name!r}: only CPU and CUDA devices are measured")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BenchError(f"--device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _check_writable(target: Path) -> None:
+    from heterolora.bench.harness import BenchError
+
+    folder = target if target.suffix == "" else target.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"{folder}: cannot be written to ({error.strerror})") from error
+
+
+def _status(measured: "BenchRun") -> int:
+    return 0 if all(result.green and not result.failed for result in measured.results) else 1

@@ -1,0 +1,232 @@
+"""What one run of the bench writes: results, and the machine and versions they were measured on, as
+JSON.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+from heterolora.bench.harness import BenchError, Timing
+from heterolora.bench.memory import MemoryUse
+from heterolora.bench.parity import Parity
+
+__all__ = ["SCHEMA_VERSION", "BenchRun", "CaseResult", "environment", "read_run", "write_run"]
+
+SCHEMA_VERSION = 1
+_KIND = "heterolora.bench"
+_PACKAGES = ("torch", "triton", "transformers", "peft", "heterolora")
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case. `timing` is None and `memory` empty exactly when the parity gate was red.
+
+    `memory` is keyed by variant, in bytes; `ranks` by module name; `failed` by the variants that
+    could not run.
+    """
+
+    case: str
+    description: str
+    shapes: dict[str, int]
+    dtype: str
+    ranks: dict[str, int]
+    tokens: int
+    parity: Parity
+    timing: Timing | None = None
+    memory: dict[str, MemoryUse] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def green(self) -> bool:
+        return self.parity.green
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """Results measured together in one environment (see :func:`environment`)."""
+
+    environment: dict[str, Any]
+    results: list[CaseResult]
+
+
+def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Versions, machine, threads, commit, date (UTC) and command; no host or user name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        del arguments[0]
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "versions": versions,
+        "device": name,
+        "device_type": device.type,
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["heterolora", "bench", *arguments]),
+    }
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this file lies in, "+" appended when it has changes, or None."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    return head and (head + "+" if git("status", "--porcelain") else head)
+
+
+def slug(device: str) -> str:
+    """A device name as a folder name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def write_run(run: BenchRun, path: Path) -> None:
+    content = {"kind": _KIND, "schema_version": SCHEMA_VERSION, **dataclasses.asdict(run)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_run(path: Path) -> BenchRun:
+    """Reads what `write_run` wrote.
+
+    Raises:
+        BenchError: unreadable, not JSON, not ours, a newer schema, or a field that is missing or of
+            the wrong type.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise BenchError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict) or content.get("kind") != _KIND:
+        raise BenchError(f"{path}: not a result of `heterolora bench --json`")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise BenchError(
+            f"{path}: schema version {version!r}, this heterolora reads {SCHEMA_VERSION}; "
+            "measure again or upgrade"
+        )
+    where = f"{path}: "
+    results = _get(content, "results", list, where)
+    return BenchRun(
+        _get(content, "environment", dict, where),
+        [_result(item, f"{where}results[{index}].") for index, item in enumerate(results)],
+    )
+
+
+def _result(item: Any, where: str) -> CaseResult:
+    if not isinstance(item, dict):
+        raise BenchError(f"{where.rstrip('.')}: expected an object")
+    timing = item.get("timing")
+    used = _get(item, "memory", dict, where)
+    result = CaseResult(
+        case=_get(item, "case", str, where),
+        description=_get(item, "description", str, where),
+        shapes=_get(item, "shapes", dict, where),
+        dtype=_get(item, "dtype", str, where),
+        ranks=_get(item, "ranks", dict, where),
+        tokens=_get(item, "tokens", int, where),
+        parity=_build(Parity, _get(item, "parity", dict, where), f"{where}parity"),
+        timing=None if timing is None else _timing(timing, f"{where}timing"),
+        memory={
+            name: _build(MemoryUse, use, f"{where}memory.{name}") for name, use in used.items()
+        },
+        failed=_get(item, "failed", dict, where),
+    )
+    if result.green != (result.timing is not None):
+        raise BenchError(f"{where}timing: a case has a timing exactly when its parity is green")
+    return result
+
+
+def _timing(item: Any, where: str) -> Timing:
+    timing = _build(Timing, item, where)
+    for kind in ("seconds", "wall_seconds"):
+        samples = getattr(timing, kind)
+        if not isinstance(samples, dict) or timing.baseline not in samples:
+            raise BenchError(f"{where}.{kind}: expected an object with {timing.baseline!r} in it")
+        for name, values in samples.items():
+            if not isinstance(values, list) or not all(_is_time(value) for value in values):
+                raise BenchError(f"{where}.{kind}.{name}: expected a list of seconds")
+            if len(values) != len(samples[timing.baseline]) or not values:
+                raise BenchError(f"{where}.{kind}.{name}: every variant needs one value a round")
+        if min(samples[timing.baseline]) <= 0:
+            raise BenchError(f"{where}.{kind}.{timing.baseline}: times must be positive")
+    if timing.seconds.keys() != timing.wall_seconds.keys():
+        raise BenchError(f"{where}: seconds and wall_seconds name different variants")
+    return timing
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+
+
+def _get(item: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    if key not in item:
+        raise BenchError(f"{where}{key}: missing")
+    value = item[key]
+    if not isinstance(value, kind):
+        raise BenchError(f"{where}{key}: expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _build(kind: Any, item: Any, where: str) -> Any:
+    if not isinstance(item, dict):
+        raise BenchError(f"{where}: expected an object")
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    if item.keys() != names:
+        odd = sorted(item.keys() ^ names)
+        raise BenchError(f"{where}: missing or unknown {', '.join(odd)}")
+    for name, declared in get_type_hints(kind).items():
+        if not isinstance(item[name], _JSON_TYPES[declared]):
+            wanted, found = getattr(declared, "__name__", declared), type(item[name]).__name__
+            raise BenchError(f"{where}.{name}: expected {wanted}, found {found}")
+    return kind(**item)
+
+
+_JSON_TYPES: dict[Any, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (int,),
+    str: (str,),
+    float | None: (int, float, type(None)),
+    dict[str, list[float]]: (dict,),
+}

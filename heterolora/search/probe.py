@@ -1,0 +1,107 @@
+"""The temporary adapter that a static search scores, and what it is fed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from heterolora.errors import DataError, ModelError
+from heterolora.search.proxies import Batch, batch_loss, lora_factors, model_device
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+__all__ = ["PROBE_B_STD", "Feed", "attach", "draw_b", "timed_step"]
+
+# SNIP and SynFlow are linear in B near B = 0, so to first order this scale cancels in a ranking.
+PROBE_B_STD = 1e-3
+
+
+def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """`model` with a fresh adapter of `config`; its heads stay frozen, since only LoRA is scored.
+
+    Raises:
+        ModelError: PEFT cannot adapt one of the modules.
+    """
+    from peft import get_peft_model
+
+    # A task type would make PEFT train, and so copy, the head.
+    config.task_type = None
+    config.modules_to_save = None
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        raise ModelError(
+            f"PEFT cannot put a LoRA adapter on {type(model).__name__}: {error}"
+        ) from error
+
+
+def draw_b(model: nn.Module, seed: int, std: float = PROBE_B_STD) -> None:
+    """Fill every LoRA B with N(0, std^2), the same numbers for the same seed on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, (_, b) in sorted(lora_factors(model).items()):
+            b.copy_(torch.randn(b.shape, generator=generator) * std)
+
+
+class Feed:
+    """Batches that can be iterated once, with a progress bar, and whose first one is kept."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        if not isinstance(batches, Iterable):
+            raise DataError(f"batches must be an iterable of dicts, not {type(batches).__name__}")
+        self._total = len(batches) if isinstance(batches, Sized) else None
+        self._rest = iter(batches)
+        self._first: Batch | None = None
+
+    def first(self) -> Batch:
+        """The first batch, whether or not it was consumed already.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self._first is None:
+            self._first = next(self._rest, None)
+        if self._first is None:
+            raise DataError("no batches to score with: the iterable is empty")
+        return self._first
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Iterator[Batch]]:
+        """All batches, with a bar on stderr that vanishes at the end; no bar off a terminal."""
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            batches = chain([self.first()], self._rest)
+            yield iter(bar.track(batches, self._total, description=label))
+
+
+def timed_step(model: nn.Module, batch: Batch) -> float:
+    """Wall seconds of one training step (forward, backward, AdamW), after one untimed step."""
+    device = model_device(model)
+    model.train()
+    adapter = [p for pair in lora_factors(model).values() for p in pair]
+    optimizer = torch.optim.AdamW(adapter, lr=1e-4)
+    elapsed = 0.0
+    for _ in range(2):
+        _wait(device)
+        start = time.perf_counter()
+        batch_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        _wait(device)
+        elapsed = time.perf_counter() - start
+    return elapsed
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

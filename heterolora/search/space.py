@@ -1,0 +1,77 @@
+"""What a search may choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from heterolora.errors import SearchSpaceError
+
+__all__ = ["MAX_RANK", "SearchSpace"]
+
+# Far above any useful rank: it exists to tell a typing error or a corrupt file from a choice.
+MAX_RANK = 65_536
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Candidate modules and the ranks each of them may take.
+
+    Attributes:
+        target_modules: as in `peft.LoraConfig`: None or "all-linear", a sequence of names or
+            suffixes, or a regular expression for full names.
+        ranks: ranks to choose from, in increasing order; 0 means "no adapter on this module".
+        shortcuts: kinds of LoRA-adapted shortcuts; not supported yet, so it must be empty.
+
+    Raises:
+        SearchSpaceError: a field is malformed or contradictory.
+    """
+
+    target_modules: str | Sequence[str] | None = None
+    ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
+    shortcuts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+        object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
+        object.__setattr__(self, "shortcuts", tuple(self.shortcuts))
+        if self.shortcuts:
+            raise SearchSpaceError(
+                f"shortcuts={self.shortcuts!r}: not supported yet; leave shortcuts empty"
+            )
+
+
+def _checked_targets(targets: object) -> str | tuple[str, ...] | None:
+    if targets is None:
+        return None
+    if isinstance(targets, str):
+        if not targets:
+            raise SearchSpaceError("target_modules is an empty string; use None for all linears")
+        return targets
+    if not isinstance(targets, (list, tuple, set, frozenset)):
+        raise SearchSpaceError(
+            "target_modules must be None, a string or a list of strings, "
+            f"not {type(targets).__name__}"
+        )
+    entries = sorted(targets) if isinstance(targets, (set, frozenset)) else targets
+    if not entries:
+        raise SearchSpaceError("target_modules is an empty list; use None for all linears")
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise SearchSpaceError(f"target_modules holds {entry!r}, which is not a module name")
+    return tuple(entries)
+
+
+def _checked_ranks(ranks: object) -> tuple[int, ...]:
+    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Sequence):
+        raise SearchSpaceError(f"ranks must be a sequence of integers, not {ranks!r}")
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= MAX_RANK:
+            raise SearchSpaceError(f"rank {rank!r} is not an integer in 0..{MAX_RANK}")
+    if not any(ranks):
+        raise SearchSpaceError(f"ranks={tuple(ranks)!r} holds no rank above 0")
+    if len(set(ranks)) != len(ranks):
+        raise SearchSpaceError(f"ranks={tuple(ranks)!r} holds a rank twice")
+    if sorted(ranks) != list(ranks):
+        raise SearchSpaceError(f"ranks={tuple(ranks)!r} are not in increasing order")
+    return tuple(ranks)

@@ -1,0 +1,372 @@
+"""Training with transformers' Trainer: the fusing callback, and one function for the command line.
+
+There is no training loop here. What Trainer lacks comes as callbacks: a stop on a loss that is not
+finite before it can reach a checkpoint, a stop with a checkpoint on Ctrl-C, and step times that
+leave evaluation and saving out.
+"""
+
+import json
+import logging
+import math
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from heterolora.callbacks import Interrupt, LossCheck, Progress, StepTimer
+from heterolora.data import TokenizedData
+from heterolora.errors import TrainingError
+from heterolora.fuse import FuseReport, fuse, unfuse
+from heterolora.io import save_adapter
+
+__all__ = ["FuseCallback", "TrainResult", "TrainingInterrupted", "newest_checkpoint", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after a checkpoint was saved; the message says where and how to go on."""
+
+    def __init__(self, checkpoint: Path, step: int, steps: int) -> None:
+        super().__init__(
+            f"stopped at step {step} of {steps} and saved {checkpoint}; "
+            "run the same command with --resume to go on"
+        )
+        self.checkpoint = checkpoint
+
+
+class FuseCallback(TrainerCallback):
+    """Fuses the model when training begins and unfuses it when training ends.
+
+    The groups of layers are found with two rows of the training set before the first step, so that
+    every step runs the same way and a resumed run repeats an uninterrupted one. No random state is
+    used up. A training set without length (a stream) is not touched; groups are then found in the
+    first step.
+
+    Attributes:
+        report: what was fused and declined; None before training began.
+
+    Raises:
+        FuseError: `strict` is set and a layer was declined, or the model has no LoRA layer.
+    """
+
+    def __init__(self, *, strict: bool = False, backend: str = "auto") -> None:
+        self.strict = strict
+        self.backend = backend
+        self.report: FuseReport | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        unwrapped = _unwrapped(model)
+        with _random_state_kept():
+            example = _example(train_dataloader, next(unwrapped.parameters()).device)
+            self.report = fuse(unwrapped, strict=self.strict, backend=self.backend, example=example)
+        logger.info("%s", self.report)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        unfuse(_unwrapped(model))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training run gives.
+
+    Attributes:
+        adapter: folder with the trained adapter.
+        metrics: ``validation_loss``, ``test_accuracy`` and so on, for the splits there are.
+        log_history: Trainer's log, one dict an entry.
+        steps: optimizer steps done in all, those before a resume included.
+        seconds: of this call, evaluation and saving included.
+        seconds_per_step: mean over the steps of this call without the first, evaluation and saving
+            left out; None with fewer than two steps.
+        tokens_per_second: attended tokens over the same steps.
+        report: what was fused; None without fusing.
+    """
+
+    adapter: Path
+    metrics: dict[str, float]
+    log_history: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    seconds_per_step: float | None
+    tokens_per_second: float | None
+    report: FuseReport | None
+
+
+def train(
+    model: Any,
+    data: TokenizedData,
+    *,
+    output_dir: str | Path,
+    epochs: float = 3.0,
+    max_steps: int | None = None,
+    learning_rate: float = 1e-3,
+    batch_size: int = 32,
+    warmup: float = 0.06,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    fused: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    save_steps: int | None = None,
+    logging_steps: int = 10,
+    gradient_checkpointing: bool = False,
+    bf16: bool = False,
+    progress: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
+    """Train the adapter of a PeftModel: AdamW, linear decay after a warm-up, Trainer's loop.
+
+    Evaluates and saves a checkpoint every epoch, or every `save_steps` steps; the adapter goes to
+    ``output_dir/adapter`` at the end. Runs on the first GPU there is, else on the CPU.
+
+    Args:
+        max_steps: optimizer steps, in place of `epochs`.
+        warmup: fraction of the steps.
+        fused: train through `heterolora.fuse`; the model comes back unfused either way.
+        resume: go on from the newest checkpoint of `output_dir`. In fp32 on a CPU the weights are
+            then those of an uninterrupted run, bit for bit.
+        overwrite: delete the checkpoints and the adapter of an earlier run in `output_dir`.
+        bf16: run the forward pass under bf16 autocast.
+        progress: draw a bar on stderr; otherwise the log goes to the ``heterolora`` logger.
+
+    Raises:
+        TrainingError: a setting is unusable, or the loss is not finite.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint was saved. Only the main thread
+            listens to signals.
+    """
+    output = Path(output_dir)
+    _check_settings(model, data, epochs, max_steps, learning_rate, batch_size, save_steps, bf16)
+    checkpoint = _prepare_folder(output, model, resume=resume, overwrite=overwrite)
+    splits = data.splits
+    validation = splits.get("validation")
+    every = "steps" if save_steps else "epoch"
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=epochs,
+        max_steps=max_steps or -1,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        warmup_steps=warmup,
+        weight_decay=weight_decay,
+        lr_scheduler_type="linear",
+        seed=seed,
+        data_seed=seed,
+        # The same strategy for both: Trainer evaluates, then saves, so the random state in a
+        # checkpoint is that of the moment when training goes on.
+        save_strategy=every,
+        eval_strategy=every if validation is not None else "no",
+        save_steps=save_steps or 500,
+        eval_steps=save_steps or 500,
+        save_total_limit=2,
+        logging_steps=logging_steps,
+        logging_nan_inf_filter=False,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        label_names=["labels"],
+        prediction_loss_only=data.task == "causal-lm",
+        **(_checkpointing() if gradient_checkpointing else {}),
+    )
+    fusing = FuseCallback() if fused else None
+    bar, check, interrupt, timer = Progress(draw=progress), LossCheck(), Interrupt(), StepTimer()
+    classify = data.task == "classification"
+    unfuse(model)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=data.collator,
+        train_dataset=splits["train"],
+        eval_dataset=validation,
+        processing_class=data.tokenizer,
+        compute_metrics=_accuracy if classify else None,
+        preprocess_logits_for_metrics=_predictions if classify else None,
+        # After the user's, so that these see what those asked for.
+        callbacks=[*callbacks, *([fusing] if fusing else []), bar, check, interrupt, timer],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        with interrupt.listening():
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        # An exception passes on_train_end by.
+        unfuse(model)
+        for callback in (bar, check, timer):
+            callback.close()
+    if interrupt.saved:
+        saved = newest_checkpoint(output)
+        if saved is None:
+            raise TrainingError(f"stopped on request, but no checkpoint is in {output}")
+        raise TrainingInterrupted(saved, trainer.state.global_step, trainer.state.max_steps)
+
+    save_adapter(model, output / "adapter")
+    metrics = {"train_loss": float(outcome.training_loss)}
+    for split in ("validation", "test"):
+        if split in splits:
+            scores = trainer.evaluate(splits[split], metric_key_prefix=split)
+            for name in (f"{split}_loss", f"{split}_accuracy"):
+                if name in scores:
+                    metrics[name] = float(scores[name])
+    return TrainResult(
+        adapter=output / "adapter",
+        metrics=metrics,
+        log_history=list(trainer.state.log_history),
+        steps=trainer.state.global_step,
+        seconds=float(outcome.metrics["train_runtime"]),
+        seconds_per_step=timer.seconds_per_step,
+        tokens_per_second=timer.tokens_per_second,
+        report=fusing.report if fusing else None,
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step; one cut off while it was written is passed by.
+
+    Trainer writes ``trainer_state.json`` last.
+    """
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and (path / "trainer_state.json").is_file():
+            complete.append((int(step), path))
+    return max(complete)[1] if complete else None
+
+
+def _check_settings(
+    model: Any,
+    data: TokenizedData,
+    epochs: float,
+    max_steps: int | None,
+    learning_rate: float,
+    batch_size: int,
+    save_steps: int | None,
+    bf16: bool,
+) -> None:
+    from peft import PeftModel
+
+    for flag, value in (
+        ("--epochs", epochs),
+        ("--max-steps", max_steps),
+        ("--lr", learning_rate),
+        ("--batch-size", batch_size),
+        ("--save-steps", save_steps),
+    ):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise TrainingError(f"{flag} is {value}: it must be above 0")
+    if bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise TrainingError("--bf16: this GPU has no bf16 arithmetic, leave the flag out")
+    if not isinstance(model, PeftModel):
+        raise TrainingError(f"a PeftModel is needed, not {type(model).__name__}: adapt it first")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError("no parameter of the model is trainable")
+    if len(data.splits["train"]) == 0:
+        raise TrainingError("the train split has no rows")
+
+
+def _prepare_folder(output: Path, model: Any, *, resume: bool, overwrite: bool) -> Path | None:
+    if resume and overwrite:
+        raise TrainingError("--resume and --overwrite exclude each other")
+    if output.exists() and not output.is_dir():
+        raise TrainingError(f"{output} is a file: --out must be a folder")
+    if resume:
+        checkpoint = newest_checkpoint(output)
+        if checkpoint is None:
+            raise TrainingError(f"nothing to resume: {output} has no complete checkpoint")
+        _check_same_adapter(model, checkpoint)
+        return checkpoint
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise TrainingError(
+                f"{output} is not empty: choose another --out, or give --resume or --overwrite"
+            )
+        for path in (*output.glob("checkpoint-*"), output / "adapter"):
+            if path.is_dir():
+                shutil.rmtree(path)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot write to {output}: {error.strerror}") from error
+    return None
+
+
+def _check_same_adapter(model: Any, checkpoint: Path) -> None:
+    path = checkpoint / "adapter_config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot resume from {checkpoint}: {path.name}: {error}") from error
+    config = model.peft_config[model.active_adapter]
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        if saved.get(name) != getattr(config, name):
+            raise TrainingError(
+                f"cannot resume from {checkpoint}: it was trained with another {name}; "
+                "give the allocation or rank of that run"
+            )
+
+
+def _checkpointing() -> dict[str, Any]:
+    """Arguments for activation checkpointing, which transformers renamed during version 5."""
+    named = {field.name for field in fields(TrainingArguments)}
+    name = "activation" if "activation_checkpointing" in named else "gradient"
+    return {
+        f"{name}_checkpointing": True,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
+
+
+def _predictions(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Class indices instead of logits, so that evaluation keeps one number a row."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel and torch.compile."""
+    inner = extract_model_from_parallel(model)
+    return getattr(inner, "_orig_mod", inner)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _example(dataloader: Any, device: torch.device) -> dict[str, Any] | None:
+    dataset: Any = getattr(dataloader, "dataset", None)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        return None
+    rows = [dataset[index] for index in range(min(2, len(dataset)))]
+    batch = dataloader.collate_fn(rows)
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

@@ -1,0 +1,330 @@
+"""`allocate` end to end on tiny models, and the model it gives back."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+
+from heterolora.errors import (
+    BudgetError,
+    DataError,
+    ModelError,
+    ScoreError,
+    SearchSpaceError,
+)
+from heterolora.search import PROXIES, Budget, SearchSpace, allocate, uniform
+from heterolora.search.preserve import preserved
+
+MODELS = ["bert", "opt", "gpt2", "mobilevit"]
+
+
+def tensor_bytes(tensor):
+    return None if tensor is None else tensor.detach().cpu().numpy().tobytes()
+
+
+def attribute_state(owner):
+    """Identities of all attributes, and what the containers among them hold, by identity too."""
+    state = {}
+    for key, value in owner.__dict__.items():
+        content = None
+        if isinstance(value, dict):
+            content = [(k, id(v)) for k, v in value.items()]
+        elif isinstance(value, (list, set)):
+            content = list(map(id, value))
+        state[key] = (id(value), content)
+    return state
+
+
+def fingerprint(model):
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {
+        "tree": [(name, id(m), type(m), m.training) for name, m in model.named_modules()],
+        "attributes": [attribute_state(m) for m in model.modules()],
+        "tensors": [(name, id(t), tensor_bytes(t), t.requires_grad) for name, t in tensors],
+        "gradients": [(id(p.grad), tensor_bytes(p.grad)) for p in model.parameters()],
+        "state_dict": {name: tensor_bytes(t) for name, t in model.state_dict().items()},
+        "config": (id(model.config), model.config.to_dict()),
+    }
+
+
+def random_states():
+    numpy_state = np.random.get_state()
+    return (
+        torch.get_rng_state().tolist(),
+        [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
+        random.getstate(),
+    )
+
+
+def lived_in(made):
+    """Give the model a state worth preserving: frozen parts, gradients, mixed modes."""
+    model = made.model
+    parameters = list(model.parameters())
+    for parameter in parameters[::3]:
+        parameter.requires_grad_(False)
+    for parameter in parameters[1::3]:
+        parameter.grad = torch.randn_like(parameter)
+    for module in list(model.modules())[::2]:
+        module.training = True
+    torch.rand(3)
+    np.random.rand(3)
+    random.random()
+    return model
+
+
+@pytest.mark.parametrize("proxy", sorted(PROXIES))
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_and_the_generators_come_back_bit_identical(subject, name, proxy):
+    made = subject(name)
+    model = lived_in(made)
+    before, states = fingerprint(model), random_states()
+    allocate(model, made.batches(), budget=Budget(rank=2), proxy=proxy, seed=3)
+    assert random_states() == states
+    after = fingerprint(model)
+    for key, value in before.items():
+        assert after[key] == value, key
+    assert not hasattr(model, "peft_config")
+
+
+def test_batch_norm_statistics_do_move_while_scoring(subject):
+    """Without this the test above would not show that they are put back."""
+    made = subject("mobilevit")
+    before = {name: tensor_bytes(b) for name, b in made.model.named_buffers()}
+    made.model.train()(**made.batch(0))
+    assert any(tensor_bytes(b) != before[name] for name, b in made.model.named_buffers())
+
+
+def test_gradient_checkpointing_hooks_and_flags_come_back(subject):
+    made = subject("opt")
+    made.model.gradient_checkpointing_enable()
+    before = fingerprint(made.model)
+    allocate(made.model, made.batches(), budget=Budget(rank=2))
+    assert fingerprint(made.model) == before
+
+
+class Interruption(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Interruption, KeyboardInterrupt])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_interrupted_search_leaves_the_model_alone(subject, name, error):
+    made = subject(name)
+    model = lived_in(made)
+    before, states = fingerprint(model), random_states()
+
+    def interrupted():
+        yield made.batch(0)
+        raise error
+
+    with pytest.raises(error):
+        allocate(model, interrupted(), budget=Budget(rank=2))
+    assert random_states() == states
+    assert fingerprint(model) == before
+
+
+def test_a_nan_loss_leaves_the_model_alone(subject):
+    made = subject("mobilevit")
+    before = fingerprint(made.model)
+    batches = made.batches()
+    batches[2]["pixel_values"][:] = float("inf")
+    with pytest.raises(ScoreError, match="loss of batch 2 is nan"):
+        allocate(made.model, batches, budget=Budget(rank=2))
+    assert fingerprint(made.model) == before
+
+
+def test_preserved_puts_back_what_code_inside_changes(subject):
+    model = lived_in(subject("mobilevit"))
+    before = fingerprint(model)
+    with pytest.raises(Interruption), preserved(model):
+        model.train().requires_grad_(False)
+        model.classifier = torch.nn.Identity()
+        model.added = torch.nn.Linear(2, 2)
+        model.forward = None
+        model.config.problem_type = "regression"
+        model.register_forward_hook(print)
+        model.__class__ = torch.nn.Module
+        next(model.buffers()).fill_(9)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        raise Interruption
+    assert fingerprint(model) == before
+
+
+def test_a_forward_that_writes_to_a_parameter_is_reported(subject):
+    made = subject("opt")
+    made.model.model.decoder.embed_tokens.max_norm = 0.01
+    with pytest.raises(ModelError, match="embed_tokens.weight"):
+        allocate(made.model, made.batches(), budget=Budget(rank=2))
+
+
+def test_a_model_made_in_inference_mode_is_refused(subject):
+    with torch.inference_mode():
+        made = subject("bert")
+    with pytest.raises(ModelError, match="inference_mode"):
+        allocate(made.model, made.batches(), budget=Budget(rank=2))
+
+
+@pytest.mark.parametrize("name", ["bert", "opt", "gpt2"])
+def test_scores_are_those_of_a_seeded_rank_8_adapter(subject, name):
+    made = subject(name, **({} if name == "gpt2" else {"dropout": 0.0}))
+    if name == "gpt2":
+        for module in made.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    found = allocate(made.model, made.batches(), budget=Budget(rank=2), seed=11)
+    assert found.probe_rank == 8
+
+    torch.manual_seed(11)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(found.ranks), fan_in_fan_out=name == "gpt2"
+    )
+    model = get_peft_model(made.model, config).train()
+    total = sum(model(**batch).loss for batch in made.batches())
+    for module, score in found.scores.items():
+        layer = model.get_base_model().get_submodule(module)
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        gradients = torch.autograd.grad(total, weights, retain_graph=True)
+        expected = sum(float(g.double().square().sum().sqrt()) for g in gradients)
+        assert score == pytest.approx(expected, rel=1e-4), module
+
+
+@pytest.mark.parametrize(
+    ("name", "proxy"),
+    [("opt", proxy) for proxy in sorted(PROXIES)]
+    + [("bert", "snip"), ("gpt2", "synflow"), ("t5", "synflow"), ("mobilevit", "grad-norm")],
+)
+def test_the_budget_is_spent_exactly(subject, name, proxy):
+    made = subject(name)
+    found = allocate(made.model, made.batches(2), budget=Budget(rank=2), proxy=proxy)
+    assert found.budget_parameters == uniform(made.model, 2).parameters
+    assert found.parameters == found.budget_parameters
+    assert set(found.ranks) == set(found.scores) == set(found.sites)
+    assert set(found.ranks.values()) <= {0, 1, 2, 4, 8, 16, 32}
+    assert found.shortcuts == {}
+    assert found.seconds > 0 and found.step_seconds > 0
+    assert found.ratio == found.seconds / found.step_seconds
+
+
+def test_the_seed_decides_everything_that_is_random(subject):
+    made = subject("opt", dropout=0.3)
+    first, again, other = (
+        allocate(made.model, made.batches(), budget=Budget(rank=2), proxy="snip", seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert first.scores == again.scores and first.ranks == again.ranks
+    assert first.scores != other.scores
+
+
+def test_a_shuffling_loader_is_seeded_too(subject):
+    made = subject("bert")
+    loader = torch.utils.data.DataLoader(made.batches(6), batch_size=None, shuffle=True)
+    scores = []
+    for _ in range(2):
+        torch.rand(5)
+        scores.append(allocate(made.model, loader, budget=Budget(rank=2), proxy="synflow").scores)
+    assert scores[0] == scores[1]
+
+
+def test_constant_is_a_random_control(subject):
+    made = subject("opt")
+    space = SearchSpace(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], ranks=(0, 8))
+    picks = set()
+    for seed in range(6):
+        found = allocate(
+            made.model,
+            made.batches(1),
+            budget=Budget(rank=2),
+            proxy="constant",
+            space=space,
+            seed=seed,
+        )
+        assert sorted(found.ranks.values()) == [0] * 6 + [8] * 2
+        picks.add(tuple(name for name, rank in found.ranks.items() if rank))
+    assert len(picks) > 2
+
+
+def test_batches_are_consumed_once_and_all(subject):
+    made = subject("bert")
+    seen = []
+
+    def stream():
+        for index in range(4):
+            seen.append(index)
+            yield made.batch(index)
+
+    found = allocate(made.model, stream(), budget=Budget(rank=2))
+    assert seen == [0, 1, 2, 3]
+    listed = allocate(made.model, made.batches(4), budget=Budget(rank=2))
+    assert found.scores == listed.scores
+
+
+def test_scoring_ignores_a_surrounding_no_grad(subject):
+    made = subject("bert")
+    with torch.no_grad():
+        found = allocate(made.model, made.batches(), budget=Budget(rank=2))
+    assert found.scores == allocate(made.model, made.batches(), budget=Budget(rank=2)).scores
+
+
+def test_a_module_outside_the_loss_scores_zero(subject):
+    made = subject("bert")
+    made.model.unused = torch.nn.Linear(32, 32)
+    found = allocate(made.model, made.batches(), budget=Budget(rank=2))
+    assert found.scores["unused"] == 0 and found.ranks["unused"] == 0
+    space = SearchSpace(target_modules=["unused"])
+    with pytest.raises(ModelError, match="depends on no adapted module"):
+        allocate(made.model, made.batches(), budget=Budget(rank=2), space=space)
+
+
+def test_nothing_is_printed_off_a_terminal(subject, capfd):
+    made = subject("bert")
+    capfd.readouterr()
+    assert not Console(stderr=True).is_terminal
+    allocate(made.model, made.batches(), budget=Budget(rank=2))
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"proxy": "fisher"}, SearchSpaceError, "constant, grad-norm, snip, synflow"),
+        ({"budget": 8}, BudgetError, "must be a Budget"),
+        ({"budget": Budget(rank=64)}, BudgetError, "above the largest rank"),
+        ({"budget": Budget(params=7)}, BudgetError, "below one adapter"),
+        ({"scaling": 0}, SearchSpaceError, "scaling=0"),
+        ({"scaling": float("nan")}, SearchSpaceError, "scaling=nan"),
+        ({"seed": -1}, SearchSpaceError, "seed=-1"),
+        ({"seed": 1.5}, SearchSpaceError, "seed=1.5"),
+        ({"batches": []}, DataError, "empty"),
+        ({"batches": 3}, DataError, "iterable of dicts, not int"),
+        ({"batches": [{"input_ids": torch.ones(1, 3).long()}]}, DataError, "no labels"),
+        ({"batches": {"input_ids": [1]}}, DataError, "batch 0 is a str"),
+        ({"space": SearchSpace(target_modules=["qq"])}, SearchSpaceError, "matches no linear"),
+    ],
+)
+def test_refusals_come_with_the_model_untouched(subject, changes, error, message):
+    made = subject("bert")
+    before = fingerprint(made.model)
+    arguments = {"batches": made.batches(), "budget": Budget(rank=2), **changes}
+    with pytest.raises(error, match=message):
+        allocate(made.model, **arguments)
+    assert fingerprint(made.model) == before
+
+
+def test_no_batches_for_the_constant_proxy_are_refused_too(subject):
+    with pytest.raises(DataError, match="empty"):
+        allocate(subject("bert").model, [], budget=Budget(rank=2), proxy="constant")
+
+
+def test_uniform(subject):
+    model = subject("bert").model
+    found = uniform(model, 3, SearchSpace(target_modules=["query", "value"]))
+    assert set(found.ranks.values()) == {3} and len(found.ranks) == 4
+    assert found.parameters == found.budget_parameters == 4 * 3 * 64
+    assert found.proxy == "uniform" and found.ratio is None
+    with pytest.raises(BudgetError, match="rank=0"):
+        uniform(model, 0)
