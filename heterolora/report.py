@@ -100,15 +100,10 @@ def _arms(arms: Sequence[Mapping[str, Any]], comparison: Mapping[str, Any]) -> s
             )
         )
     head = ("allocation", "LoRA parameters", "accuracy", "each run, % (seed)", "loss", "ms a step")
-    verdict = (
-        f"Difference {comparison['accuracy_difference']:+.2f} points, "
-        f"standard error {comparison['standard_error']:.2f}: "
-        f"{'inside' if comparison['inside_noise'] else 'outside'} the noise."
-    )
     return (
         f"<h2>Accuracy at the same budget</h2>\n{_table(head, rows)}\n"
         f"<p>{escape(comparison['sentence'])}</p>\n"
-        f'<p class="note">{verdict} Accuracy and loss are means over the runs, test split.</p>'
+        '<p class="note">Accuracy and loss are means over the runs, test split.</p>'
     )
 
 

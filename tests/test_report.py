@@ -169,7 +169,6 @@ def test_summary_comes_first_and_the_rest_is_there(written):
         "film reviews (2,400 train, 300 validation, 1,300 test)",
         "MIT",
         "2.13.0",
-        "Difference +0.60 points, standard error 1.10: inside the noise.",
         "the time of 10.0 training steps",
         "The 24 highest of 36.",
     ):

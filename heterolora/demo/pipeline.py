@@ -35,7 +35,9 @@ class Recipe:
     """What both arms have in common.
 
     Attributes:
-        rank: the budget is that of this rank on every linear layer.
+        rank: the budget is that of this rank on every candidate.
+        target_modules: the candidates: all linear layers of the encoder. Not the pooler, which
+            lies right under the untrained head and gets most of any gradient.
         proxy: scores the modules for the searched arm.
         scoring_batches: batches of the training split that the proxy sees.
         seeds: each arm is trained once for each.
@@ -50,9 +52,10 @@ class Recipe:
     epochs: int = 2
     learning_rate: float = 2e-3
     batch_size: int = 32
-    max_length: int = 64
+    max_length: int = 32
+    target_modules: str = r".*\.encoder\..*(query|key|value|dense)"
     limit: int | None = None
-    rounds: int = 9
+    rounds: int = 7
 
 
 def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
 
     Args:
         output: folder; what an earlier demo left there is replaced.
-        quick: a few hundred rows, one seed, one epoch: shows that everything works, no more.
+        quick: a hundred rows, one seed, one epoch: shows that everything works, no more.
         seed: of the scoring, and first seed of the training runs.
 
     Returns:
@@ -73,11 +76,14 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     from heterolora.demo.speed import measure
     from heterolora.models import load_model
     from heterolora.report import write_html
-    from heterolora.search import Budget, allocate, uniform
+    from heterolora.search import Budget, SearchSpace, allocate, uniform
 
-    recipe = Recipe(seeds=(seed,), epochs=1, limit=256, rounds=3) if quick else Recipe()
-    if not quick:
-        recipe = Recipe(seeds=tuple(seed + i for i in range(len(recipe.seeds))))
+    recipe = (
+        Recipe(seeds=(seed,), epochs=1, limit=96, rounds=1)
+        if quick
+        else Recipe(seeds=(seed, seed + 1))
+    )
+    space = SearchSpace(target_modules=recipe.target_modules)
     _check_report_tools()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -100,10 +106,17 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
 
     model, tokenizer = fresh(seed)
     data = tokenize(text, tokenizer, max_length=recipe.max_length)
-    _say(f"scoring every linear layer with {recipe.proxy}")
+    _say(f"scoring every linear layer of the encoder with {recipe.proxy}")
     feed = batches(data, count=recipe.scoring_batches, batch_size=recipe.batch_size, seed=seed)
-    searched = allocate(model, feed, budget=Budget(rank=recipe.rank), proxy=recipe.proxy, seed=seed)
-    allocations = {"uniform": uniform(model, recipe.rank), "searched": searched}
+    searched = allocate(
+        model,
+        feed,
+        budget=Budget(rank=recipe.rank),
+        proxy=recipe.proxy,
+        space=space,
+        seed=seed,
+    )
+    allocations = {"uniform": uniform(model, recipe.rank, space), "searched": searched}
     searched.save(output / "allocation.json")
 
     arms: list[dict[str, Any]] = []
