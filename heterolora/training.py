@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from heterolora.callbacks import Interrupt, LossCheck, Progress, StepTimer
 from heterolora.data import TokenizedData
-from heterolora.errors import TrainingError
+from heterolora.errors import FuseError, TrainingError
 from heterolora.fuse import FuseReport, fuse, unfuse
 from heterolora.io import save_adapter
 
@@ -49,10 +50,11 @@ class FuseCallback(TrainerCallback):
     The groups of layers are found with two rows of the training set before the first step, so that
     every step runs the same way and a resumed run repeats an uninterrupted one. No random state is
     used up. A training set without length (a stream) is not touched; groups are then found in the
-    first step.
+    first step. Under `torch.nn.DataParallel`, which Trainer takes for several GPUs in one process,
+    nothing is fused, and the log says so: its copies of a layer cannot be told apart.
 
     Attributes:
-        report: what was fused and declined; None before training began.
+        report: what was fused and declined; None before training began, or if nothing was tried.
 
     Raises:
         FuseError: `strict` is set and a layer was declined, or the model has no LoRA layer.
@@ -72,6 +74,12 @@ class FuseCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
+            reason = "nn.DataParallel over several GPUs: start with torchrun or accelerate launch"
+            if self.strict:
+                raise FuseError(f"strict=True, but nothing can be fused under {reason}")
+            logger.warning("not fused, %s", reason)
+            return
         unwrapped = _unwrapped(model)
         with _random_state_kept():
             example = _example(train_dataloader, next(unwrapped.parameters()).device)

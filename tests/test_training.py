@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import save_model, save_reviews
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import heterolora
 from heterolora.data import TokenizedData, load_text_data, tokenize
-from heterolora.errors import TrainingError
+from heterolora.errors import FuseError, TrainingError
 from heterolora.models import load_model
 from heterolora.search import adapt, uniform
 from heterolora.training import FuseCallback, TrainingInterrupted, newest_checkpoint, train
@@ -188,9 +188,10 @@ def test_second_interrupt_stops_at_once(files: dict[str, Path], tmp_path: Path) 
 
 
 def test_callback_fuses_with_an_example_and_leaves_random_state_alone(
-    files: dict[str, Path], caplog: pytest.LogCaptureFixture
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, data = _ready(files, "dropout")
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
     heterolora.unfuse(model)
     model.train()
     loader = torch.utils.data.DataLoader(
@@ -199,7 +200,7 @@ def test_callback_fuses_with_an_example_and_leaves_random_state_alone(
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     callback = FuseCallback()
     with caplog.at_level(logging.INFO, "heterolora"):
-        callback.on_train_begin(None, None, None, model=model, train_dataloader=loader)
+        callback.on_train_begin(args, None, None, model=model, train_dataloader=loader)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()
@@ -207,8 +208,26 @@ def test_callback_fuses_with_an_example_and_leaves_random_state_alone(
     assert "13 LoRA layers fused" in caplog.text
     query = model.base_model.model.bert.encoder.layer[0].attention.self.query
     assert "forward" in vars(query)
-    callback.on_train_end(None, None, None, model=model)
+    callback.on_train_end(args, None, None, model=model)
     assert "forward" not in vars(query)
+
+
+def test_callback_leaves_data_parallel_alone(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = _ready(files)
+    heterolora.unfuse(model)
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    callback = FuseCallback()
+    with caplog.at_level(logging.WARNING, "heterolora"):
+        callback.on_train_begin(args, None, None, model=model)
+    assert callback.report is None
+    assert "not fused, nn.DataParallel over several GPUs: start with torchrun" in caplog.text
+    assert not any("forward" in vars(module) for module in model.modules())
+    with pytest.raises(FuseError, match="strict=True, but nothing can be fused under nn.DataPar"):
+        FuseCallback(strict=True).on_train_begin(args, None, None, model=model)
 
 
 def test_model_comes_back_unfused_after_an_error(files: dict[str, Path], tmp_path: Path) -> None:

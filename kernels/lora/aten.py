@@ -48,21 +48,22 @@ def group_linear(
 
     outputs = []
     for weight, bias, branches in zip(weights, biases, layout.by_site, strict=True):
-        y = None
-        for j in branches:
-            s_j = s[:, slice(*layout.branch[j])]
-            b_j = _scaled_b_t(b[j], scales[j], x.dtype)
-            if y is not None:
-                y.addmm_(s_j, b_j)
-            elif bias is not None:
-                y = torch.addmm(bias, s_j, b_j)
-            else:
-                y = torch.mm(s_j, b_j)
-        if y is None:
-            y = torch.nn.functional.linear(x, weight, bias)
+        # Written through a view: the output itself must not be one, or autograd would refuse to
+        # let the caller change it in place.
+        y = x.new_empty(*sources[0].shape[:-1], weight.shape[0])
+        rows = _rows(y)
+        products = [
+            (s[:, slice(*layout.branch[j])], _scaled_b_t(b[j], scales[j], x.dtype))
+            for j in branches
+        ]
+        products.append((x, weight.t()))
+        if bias is None:
+            torch.mm(*products[0], out=rows)
         else:
-            y.addmm_(x, weight.t())
-        outputs.append(y.view(*sources[0].shape[:-1], weight.shape[0]))
+            torch.addmm(bias, *products[0], out=rows)
+        for left, right in products[1:]:
+            rows.addmm_(left, right)
+        outputs.append(y)
     return outputs, s
 
 

@@ -126,6 +126,28 @@ def test_inputs_are_not_changed():
         assert torch.equal(site.weight, old)
 
 
+@pytest.mark.parametrize("name", ["single", "no_branch", "mixed_siblings", "two_sources"])
+def test_outputs_can_be_changed_in_place(name):
+    """As nn.ReLU(inplace=True) after a linear layer does."""
+    group = GROUPS[name](Draw(torch.float64))
+
+    def run(function):
+        outputs = [y.mul_(2).relu_() for y in function(*group)]
+        return torch.autograd.grad(sum(map(torch.sum, outputs)), leaves(group), allow_unused=True)
+
+    for value, expected in zip(run(group_linear), run(spec.group_linear), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_input_changed_after_the_forward_pass_is_noticed():
+    x, sites, branches = GROUPS["single"](Draw(torch.float64))
+    u = x * 1
+    (y,) = group_linear(u, sites, branches)
+    u.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_same_bits_again():
     group = GROUPS["mixed_siblings"](Draw(torch.float32))
     first, grads = _run(group_linear, group)
