@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import CountOps, batch_for, build, with_lora
 from peft import LoraConfig, get_peft_model
+from peft.tuners import lora
 from torch import nn
 
 import heterolora
@@ -259,6 +260,35 @@ def _outcome(model, x):
         return model(x)
     except RuntimeError as failure:
         return failure
+
+
+def test_weights_of_an_unsupported_dtype():
+    model = _model()
+    base = _layer(model).base_layer
+    base.weight = nn.Parameter(torch.zeros(6, 8, dtype=torch.int8), requires_grad=False)
+    report = heterolora.fuse(model)
+    assert report.declined == {NAME: "unsupported weight dtype torch.int8"}
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [("bnb", "quantised base (bnb)"), ("tp_layer", "tensor-parallel base")],
+)
+def test_layers_of_other_back_ends_are_named(module, reason):
+    """Stand-ins: PEFT defines these classes in modules of those names, for packages not here."""
+
+    class Linear(lora.Linear):
+        pass
+
+    Linear.__module__ = f"peft.tuners.lora.{module}"
+    model, x = _model(), torch.randn(3, 8)
+    expected = model(x)
+    _layer(model).__class__ = Linear
+    report = heterolora.fuse(model)
+    assert report.declined == {NAME: reason} and not report.fused
+    with CountOps() as ops:
+        assert torch.equal(model(x), expected)
+    assert ops.forward == 0
 
 
 def test_mixed_batches_go_to_peft():
