@@ -336,7 +336,8 @@ def build_step(variant: str, workload: Workload, ranks: Mapping[str, int]) -> St
         return Step(workload.model, workload.floor_inputs, workload.loss, entry=workload.entry)
     plain = COMPILED.get(variant, variant)
     model = with_adapters(workload, ranks, autocast_adapter_dtype=plain != "peft-lowp")
-    report = heterolora.fuse(model) if plain == "fused" else None
+    # With an example, because a compiler sees only the groups that were found before it.
+    report = heterolora.fuse(model, example=workload.inputs) if plain == "fused" else None
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-4, fused=True)
     module: Any = torch.compile(model) if variant in COMPILED else model
     return Step(module, workload.inputs, workload.loss, optimizer=optimizer, fuse_report=report)
