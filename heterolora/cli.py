@@ -5,7 +5,6 @@ Results go to stdout, progress and errors to stderr. Exit status: 0 done, 2 a mi
 """
 
 import argparse
-import json
 import logging
 import re
 import sys
@@ -302,16 +301,8 @@ def _emit(args: argparse.Namespace, result: Any, lines: Sequence[Any]) -> None:
     console = Console(file=stream, width=width, soft_wrap=True, highlight=False, markup=False)
     for line in lines:
         console.print(line)
-    if target is None:
-        return
-    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise HeteroLoraError(f"cannot write --json {target}: {error.strerror}") from error
+    if target is not None:
+        options.write_json(target, result)
 
 
 def _rank_table(ranks: dict[str, int]) -> Any:

@@ -1,9 +1,13 @@
 """The options of each command, and how their values are read."""
 
 import argparse
+import json
 import re
+import sys
+from pathlib import Path
+from typing import Any
 
-from heterolora.errors import SearchSpaceError
+from heterolora.errors import HeteroLoraError, SearchSpaceError
 
 __all__ = [
     "Help",
@@ -15,6 +19,7 @@ __all__ = [
     "add_verify",
     "ranks",
     "targets",
+    "write_json",
 ]
 
 
@@ -34,6 +39,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also write the result as JSON; - writes it to stdout in place of the text",
     )
+
+
+def write_json(target: str, result: Any) -> None:
+    """Write the result where `--json` says: a file, or stdout for "-".
+
+    Raises:
+        HeteroLoraError: the file cannot be written.
+    """
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise HeteroLoraError(f"cannot write --json {target}: {error.strerror}") from error
 
 
 def _add_model_and_data(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,11 @@
 """The `heterolora verify` command: runs the rungs, prints what held and what could not run here."""
 
 import argparse
-import json
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heterolora.errors import HeteroLoraError
+from heterolora.options import add_json, write_json
 
 if TYPE_CHECKING:
     from heterolora.verify.rungs import Rung
@@ -32,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="run only this rung (spec, aten, peft); may be repeated; all by default",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; - is stdout")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     results = [_run_rung(name, RUNGS[name]) for name in RUNGS if name in chosen]
     _print(results, NOT_HERE, to_stderr=args.json == "-")
     if args.json is not None:
-        _write(args.json, results, NOT_HERE)
+        content = {"schema_version": SCHEMA_VERSION, "rungs": results, "not_run": NOT_HERE}
+        write_json(args.json, content)
     return 1 if any(result["failures"] for result in results) else 0
 
 
@@ -101,15 +100,3 @@ def _print(results: list[dict[str, Any]], not_here: dict[str, str], *, to_stderr
     for result in results:
         for case, problem in result["failures"].items():
             console.print(f"FAILED {result['rung']}, {case}: {problem}", markup=False)
-
-
-def _write(target: str, results: list[dict[str, Any]], not_here: dict[str, str]) -> None:
-    content = {"schema_version": SCHEMA_VERSION, "rungs": results, "not_run": not_here}
-    text = json.dumps(content, indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise HeteroLoraError(f"cannot write --json {target}: {error.strerror}") from error

@@ -126,7 +126,7 @@ def test_gate_is_red_when_one_factor_of_one_module_differs(dtype, factor):
 
 
 def test_red_case_has_no_number_and_exit_code_1(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(heterolora, "fuse", lambda model: heterolora.FuseReport())
+    monkeypatch.setattr(heterolora, "fuse", lambda model, **_: heterolora.FuseReport())
     target = tmp_path / "red.json"
     args = parse("--case", "tiny-4x16-fp32-uniform", "--quick", "--json", str(target))
     assert cli.run(args, []) == 1
