@@ -34,6 +34,8 @@ class Branch:
         scale: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; may be a 0-dim tensor.
         source: [..., k_source] with the leading dimensions of x; None means x itself.
         mask: dropout mask, shaped like the source, already divided by the keep probability.
+        dropout: probability of zeroing an element of the source, [0, 1). The mask is a function of
+            the group's seed and the branch's index alone (`spec.dropout_mask`): nothing is stored.
     """
 
     site: int
@@ -42,6 +44,7 @@ class Branch:
     scale: float | Tensor = 1.0
     source: Tensor | None = None
     mask: Tensor | None = None
+    dropout: float = 0.0
 
 
 class Columns(NamedTuple):

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten
+from . import aten, spec
+from .buckets import BucketLayout, bucket_layout
+from .dispatch import choose
 from .layout import Branch, GroupLayout, Site, group_layout
 
 __all__ = ["group_linear"]
@@ -15,16 +17,24 @@ __all__ = ["group_linear"]
 _LIBRARY = torch.library.Library("heterolora", "DEF")
 _LIBRARY.define(
     "group_linear(Tensor[] sources, Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, "
-    "float[] scales, int[] branch_site, int[] branch_source) -> (Tensor[], Tensor)"
+    "float[] scales, int[] branch_site, int[] branch_source, float[] dropout, Tensor? seed, "
+    "str implementation) -> (Tensor[], Tensor)"
 )
 _LIBRARY.define(
     "group_linear_backward(Tensor?[] grads, Tensor[] sources, Tensor[] weights, Tensor[] a, "
-    "Tensor[] b, Tensor s, float[] scales, int[] branch_site, int[] branch_source, bool[] needs) "
-    "-> Tensor[]"
+    "Tensor[] b, Tensor s, float[] scales, int[] branch_site, int[] branch_source, "
+    "float[] dropout, Tensor? seed, str implementation, bool[] needs) -> Tensor[]"
 )
 
 
-def group_linear(x: Tensor, sites: Sequence[Site], branches: Sequence[Branch]) -> list[Tensor]:
+def group_linear(
+    x: Tensor,
+    sites: Sequence[Site],
+    branches: Sequence[Branch],
+    *,
+    seed: Tensor | None = None,
+    implementation: str = "auto",
+) -> list[Tensor]:
     """Apply all sites that read x, each with its low-rank branches, as one operation.
 
     ``y_i = x W_i^T + b_i + sum_j s_j ((u_j * mask_j) A_j^T) B_j^T``; :mod:`.spec` is its meaning.
@@ -37,12 +47,16 @@ def group_linear(x: Tensor, sites: Sequence[Site], branches: Sequence[Branch]) -
         sites: the frozen layers, weights [n_i, k] in the dtype of x.
         branches: the low-rank additions; A and B may be float32 whatever the dtype of x. Ranks
             differ freely; rank 0 costs nothing.
+        seed: int64 scalar on the device of x, needed where a branch has dropout. The same seed
+            gives the same masks on every implementation.
+        implementation: "auto" (`dispatch.choose`), "aten" or "triton".
 
     Returns:
         [..., n_i] for each site, in the dtype of x.
 
     Raises:
-        ValueError: shapes, dtypes or indices do not fit, or a weight requires a gradient.
+        ValueError: shapes, dtypes or indices do not fit, a weight requires a gradient, dropout
+            without a seed, or an implementation that cannot run here.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -51,14 +65,23 @@ def group_linear(x: Tensor, sites: Sequence[Site], branches: Sequence[Branch]) -
             Site(site.weight.to(dtype), None if site.bias is None else site.bias.to(dtype))
             for site in sites
         ]
+    chosen = choose(implementation, x, [f for branch in branches for f in (branch.a, branch.b)])
     sources = [x]
-    branch_source = []
-    for branch in branches:
+    branch_source, dropout = [], []
+    for j, branch in enumerate(branches):
         source = x if branch.source is None else branch.source
         if source.dtype != x.dtype:
             source = source.to(x.dtype)
-        if branch.mask is not None:
-            source = source * branch.mask
+        mask, p = branch.mask, branch.dropout
+        if p and (seed is None or not 0 <= p < 1 or mask is not None):
+            raise ValueError(f"branch {j}: dropout {p} needs a seed, 0 <= p < 1, and no mask")
+        if p and seed is not None and chosen == "aten":
+            rows = math.prod(source.shape[:-1])
+            mask = spec.dropout_mask(seed, j, rows, source.shape[-1], p)
+            mask, p = mask.to(x.dtype).view(source.shape), 0.0
+        if mask is not None:
+            source = source * mask
+        dropout.append(p)
         position = next((i for i, known in enumerate(sources) if known is source), len(sources))
         if position == len(sources):
             sources.append(source)
@@ -78,6 +101,9 @@ def group_linear(x: Tensor, sites: Sequence[Site], branches: Sequence[Branch]) -
         scales,
         [branch.site for branch in branches],
         branch_source,
+        dropout,
+        seed if any(dropout) else None,
+        chosen,
     )
     return outputs
 
@@ -122,38 +148,87 @@ def _layout(
     a: Sequence[Tensor],
     branch_site: Sequence[int],
     branch_source: Sequence[int],
-    weights: Sequence[Tensor],
-    sources: Sequence[Tensor],
+    sites: int,
+    sources: int,
 ) -> GroupLayout:
-    return group_layout(
-        [factor.shape[0] for factor in a],
-        branch_site,
-        branch_source,
-        sites=len(weights),
-        sources=len(sources),
-    )
+    ranks = [factor.shape[0] for factor in a]
+    return group_layout(ranks, branch_site, branch_source, sites=sites, sources=sources)
 
 
-def _forward(sources, weights, biases, a, b, scales, branch_site, branch_source):  # type: ignore[no-untyped-def]
-    layout = _layout(a, branch_site, branch_source, weights, sources)
+def _buckets(
+    a: Sequence[Tensor],
+    branch_site: Sequence[int],
+    branch_source: Sequence[int],
+    dropout: Sequence[float],
+    sites: int,
+) -> BucketLayout:
+    ranks = [factor.shape[0] for factor in a]
+    return bucket_layout(ranks, branch_site, branch_source, [p > 0 for p in dropout], sites=sites)
+
+
+def _forward(  # type: ignore[no-untyped-def]
+    sources, weights, biases, a, b, scales, branch_site, branch_source, dropout, seed, implementation
+):
+    if implementation == "triton":
+        from . import fused
+
+        layout = _buckets(a, branch_site, branch_source, dropout, len(weights))
+        return fused.group_linear(sources, weights, biases, a, b, scales, layout, dropout, seed)
+    layout = _layout(a, branch_site, branch_source, len(weights), len(sources))
     return aten.group_linear(sources, weights, biases, a, b, scales, layout)
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    grads, sources, weights, a, b, s, scales, branch_site, branch_source, needs
+    grads,
+    sources,
+    weights,
+    a,
+    b,
+    s,
+    scales,
+    branch_site,
+    branch_source,
+    dropout,
+    seed,
+    implementation,
+    needs,
 ):
-    layout = _layout(a, branch_site, branch_source, weights, sources)
+    if implementation == "triton":
+        from . import fused
+
+        layout = _buckets(a, branch_site, branch_source, dropout, len(grads))
+        return fused.group_linear_backward(
+            grads, sources, weights, a, b, s, scales, layout, dropout, seed, needs
+        )
+    layout = _layout(a, branch_site, branch_source, len(grads), len(sources))
     return aten.group_linear_backward(grads, sources, weights, a, b, s, scales, layout, needs)
 
 
-def _forward_fake(sources, weights, biases, a, b, scales, branch_site, branch_source):  # type: ignore[no-untyped-def]
+def _forward_fake(  # type: ignore[no-untyped-def]
+    sources, weights, biases, a, b, scales, branch_site, branch_source, dropout, seed, implementation
+):
     x = sources[0]
     outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    return outputs, x.new_empty(math.prod(x.shape[:-1]), sum(factor.shape[0] for factor in a))
+    columns = sum(factor.shape[0] for factor in a)
+    if implementation == "triton":
+        columns = _buckets(a, branch_site, branch_source, dropout, len(weights)).columns
+    return outputs, x.new_empty(math.prod(x.shape[:-1]), columns)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
-    grads, sources, weights, a, b, s, scales, branch_site, branch_source, needs
+    grads,
+    sources,
+    weights,
+    a,
+    b,
+    s,
+    scales,
+    branch_site,
+    branch_source,
+    dropout,
+    seed,
+    implementation,
+    needs,
 ):
     biases = [weight.new_empty(weight.shape[0]) for weight in weights]
     like = [*(source.new_empty(source.shape) for source in sources), *biases]
@@ -166,19 +241,31 @@ class _GroupLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, meta: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        q, p, t, scales, branch_site, branch_source = meta
+        q, p, t, options = meta
         sources, weights = list(tensors[:q]), list(tensors[q : q + p])
         biases = list(tensors[q + p : q + 2 * p])
         a = list(tensors[q + 2 * p : q + 2 * p + t])
-        b = list(tensors[q + 2 * p + t :])
+        b = list(tensors[q + 2 * p + t : q + 2 * p + 2 * t])
+        seed = tensors[-1]
+        scales, branch_site, branch_source, dropout, implementation = options
         with torch._C._AutoDispatchBelowAutograd():
             outputs, s = torch.ops.heterolora.group_linear(
-                sources, weights, biases, a, b, scales, branch_site, branch_source
+                sources,
+                weights,
+                biases,
+                a,
+                b,
+                scales,
+                branch_site,
+                branch_source,
+                dropout,
+                seed,
+                implementation,
             )
         ctx.meta = meta
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(s)
-        ctx.save_for_backward(*sources, *weights, *a, *b, s)
+        ctx.save_for_backward(*sources, *weights, *a, *b, s, seed)
         return (*outputs, s)
 
     @staticmethod
@@ -189,29 +276,44 @@ class _GroupLinear(torch.autograd.Function):
                 "group_linear can be differentiated once: call backward without create_graph=True, "
                 "or heterolora.unfuse(model) first"
             )
-        q, p, t, scales, branch_site, branch_source = ctx.meta
-        *saved, s = ctx.saved_tensors
+        q, p, t, options = ctx.meta
+        scales, branch_site, branch_source, dropout, implementation = options
+        *saved, s, seed = ctx.saved_tensors
         sources, weights = saved[:q], saved[q : q + p]
         a, b = saved[q + p : q + p + t], saved[q + p + t :]
         needed = ctx.needs_input_grad[1:]
         # The weights lie between the sources and the biases, and never get a gradient.
-        needs = [*needed[:q], *needed[q + p :]]
+        needs = [*needed[:q], *needed[q + p : -1]]
         found = torch.ops.heterolora.group_linear_backward(
-            list(grads[:p]), sources, weights, a, b, s, scales, branch_site, branch_source, needs
+            list(grads[:p]),
+            sources,
+            weights,
+            a,
+            b,
+            s,
+            scales,
+            branch_site,
+            branch_source,
+            dropout,
+            seed,
+            implementation,
+            needs,
         )
         rest = iter(found)
         flat = [next(rest) if need else None for need in needs]
-        return (None, *flat[:q], *[None] * p, *flat[q:])
+        return (None, *flat[:q], *[None] * p, *flat[q:], None)
 
 
-def _autograd(sources, weights, biases, a, b, scales, branch_site, branch_source):  # type: ignore[no-untyped-def]
+def _autograd(sources, weights, biases, a, b, *options_and_seed):  # type: ignore[no-untyped-def]
     if not torch.is_grad_enabled():
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.heterolora.group_linear(
-                sources, weights, biases, a, b, scales, branch_site, branch_source
+                sources, weights, biases, a, b, *options_and_seed
             )
-    meta = (len(sources), len(weights), len(a), scales, branch_site, branch_source)
-    *outputs, s = _GroupLinear.apply(meta, *sources, *weights, *biases, *a, *b)
+    scales, branch_site, branch_source, dropout, seed, implementation = options_and_seed
+    options = (scales, branch_site, branch_source, dropout, implementation)
+    meta = (len(sources), len(weights), len(a), options)
+    *outputs, s = _GroupLinear.apply(meta, *sources, *weights, *biases, *a, *b, seed)
     return outputs, s
 
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from .layout import Branch, Site
 
-__all__ = ["GroupGradients", "group_linear", "group_linear_backward"]
+__all__ = ["PHILOX_ROUNDS", "GroupGradients", "dropout_mask", "group_linear", "group_linear_backward"]
+
+PHILOX_ROUNDS = 7
+_LOW32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,16 @@ class GroupGradients:
     b: list[Tensor]
 
 
-def group_linear(x: Tensor, sites: Sequence[Site], branches: Sequence[Branch]) -> list[Tensor]:
+def group_linear(
+    x: Tensor, sites: Sequence[Site], branches: Sequence[Branch], seed: Tensor | None = None
+) -> list[Tensor]:
     """``y_i = x W_i^T + b_i + sum_j s_j ((u_j * mask_j) A_j^T) B_j^T`` for every site i.
 
     Args:
         x: [..., k], read by every site.
         sites: the frozen layers, weights [n_i, k].
         branches: the low-rank additions, from x or from a source of their own.
+        seed: int64 scalar; needed where a branch has dropout.
 
     Returns:
         [..., n_i] for each site.
@@ -47,16 +53,20 @@ def group_linear(x: Tensor, sites: Sequence[Site], branches: Sequence[Branch]) -
         y = x @ site.weight.T
         if site.bias is not None:
             y = y + site.bias
-        for branch in branches:
+        for j, branch in enumerate(branches):
             if branch.site == index:
-                u = _masked(_source(x, branch), branch)
+                u = _source(x, branch) * _mask(x, branch, j, seed)
                 y = y + branch.scale * ((u @ branch.a.T) @ branch.b.T)
         outputs.append(y)
     return outputs
 
 
 def group_linear_backward(
-    grads: Sequence[Tensor], x: Tensor, sites: Sequence[Site], branches: Sequence[Branch]
+    grads: Sequence[Tensor],
+    x: Tensor,
+    sites: Sequence[Site],
+    branches: Sequence[Branch],
+    seed: Tensor | None = None,
 ) -> GroupGradients:
     """Gradients of :func:`group_linear` written out, not derived by autograd.
 
@@ -69,13 +79,13 @@ def group_linear_backward(
     dx = sum((dy @ site.weight for dy, site in zip(grads, sites, strict=True)), torch.zeros_like(x))
     d_source: list[Tensor | None] = []
     d_a, d_b = [], []
-    for branch in branches:
-        dy = grads[branch.site]
-        u = _masked(_source(x, branch), branch)
+    for j, branch in enumerate(branches):
+        dy, mask = grads[branch.site], _mask(x, branch, j, seed)
+        u = _source(x, branch) * mask
         s, ds = u @ branch.a.T, branch.scale * (dy @ branch.b)
         d_b.append(branch.scale * (_rows(dy).T @ _rows(s)))
         d_a.append(_rows(ds).T @ _rows(u))
-        du = _masked(ds @ branch.a, branch)
+        du = (ds @ branch.a) * mask
         if branch.source is None:
             dx = dx + du
         d_source.append(None if branch.source is None else du)
@@ -86,12 +96,55 @@ def group_linear_backward(
     return GroupGradients(x=dx, source=d_source, bias=d_bias, a=d_a, b=d_b)
 
 
+def dropout_mask(seed: Tensor, branch: int, rows: int, columns: int, p: float) -> Tensor:
+    """The mask of one branch: 0 with probability p, else 1 / (1 - p), with p rounded to 2^-16.
+
+    Philox-4x32 with 7 rounds, the fewest that pass BigCrush (Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", 2011). One call, of counter (row, column // 8, branch, 0) and the
+    seed as key, decides eight neighbouring columns by its eight 16-bit halves, low half first.
+
+    Args:
+        seed: int64 scalar.
+
+    Returns:
+        [rows, columns], float64, on the device of the seed.
+    """
+    device = seed.device
+    row = torch.arange(rows, device=device)[:, None]
+    block = torch.arange(-(-columns // 8), device=device)[None, :]
+    c = [row + 0 * block, block + 0 * row, torch.full_like(row + block, branch), 0 * (row + block)]
+    key = [seed & _LOW32, (seed >> 32) & _LOW32]
+    for _ in range(PHILOX_ROUNDS):
+        (high0, low0), (high1, low1) = _multiply(c[0], 0xD2511F53), _multiply(c[2], 0xCD9E8D57)
+        c = [high1 ^ c[1] ^ key[0], low1, high0 ^ c[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & _LOW32, (key[1] + 0xBB67AE85) & _LOW32]
+    halves = torch.stack([part for word in c for part in (word & 0xFFFF, word >> 16)], dim=-1)
+    threshold = round(p * 65536)
+    keep = halves.view(rows, -1)[:, :columns] >= threshold
+    return keep.double() * (65536 / (65536 - threshold))
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b, which does not fit an int64."""
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
 def _source(x: Tensor, branch: Branch) -> Tensor:
     return x if branch.source is None else branch.source
 
 
-def _masked(u: Tensor, branch: Branch) -> Tensor:
-    return u if branch.mask is None else u * branch.mask
+def _mask(x: Tensor, branch: Branch, index: int, seed: Tensor | None) -> Tensor | float:
+    if branch.mask is not None:
+        return branch.mask
+    if not branch.dropout:
+        return 1.0
+    if seed is None:
+        raise ValueError(f"branch {index} has dropout, which needs a seed")
+    u = _source(x, branch)
+    mask = dropout_mask(seed, index, _rows(u).shape[0], u.shape[-1], branch.dropout)
+    return mask.to(u.dtype).view(u.shape)
 
 
 def _rows(t: Tensor) -> Tensor:

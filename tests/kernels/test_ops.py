@@ -26,6 +26,9 @@ def _arguments(group):
         [float(b.scale) for b in branches],
         [b.site for b in branches],
         [0 if b.source is None else position[id(b.source)] for b in branches],
+        [0.0 for _ in branches],
+        None,
+        "aten",
     )
 
 
