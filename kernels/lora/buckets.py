@@ -1,8 +1,8 @@
 """Ranks padded to buckets: where each branch lies in the S that the Triton kernels share.
 
 A kernel is compiled for a block of columns, not for a rank, so ranks are padded to the blocks there
-are. Unlike in :mod:`.layout`, columns are ordered by site first: the base matmul of a site then runs
-on over one contiguous range of S, whatever its branches read.
+are. Unlike in :mod:`.layout`, columns are ordered by site first, so that the base matmul of a site
+runs on over one contiguous range of S, whatever its branches read.
 """
 
 from collections.abc import Sequence
@@ -45,12 +45,14 @@ class BucketLayout:
         branch: columns of each branch in the caller's order, padding included.
         site: columns of each site; empty where it has no branch.
         segments: what one shrink product fills at a time, in column order.
+        site_of: the site each branch adds to.
     """
 
     columns: int
     branch: tuple[Columns, ...]
     site: tuple[Columns, ...]
     segments: tuple[Segment, ...]
+    site_of: tuple[int, ...]
 
 
 def bucket(rank: int) -> int:
@@ -84,7 +86,7 @@ def _pack(
                 segments.append(Segment(key[0], *branch[j], key[1]))
             position = branch[j].stop
         site.append(Columns(first, position))
-    return BucketLayout(position, tuple(branch), tuple(site), tuple(segments))
+    return BucketLayout(position, tuple(branch), tuple(site), tuple(segments), branch_site)
 
 
 def bucket_layout(
@@ -104,6 +106,4 @@ def bucket_layout(
         dropped: whether each branch drops out its source.
         sites: number of sites in the group.
     """
-    return _pack(
-        tuple(ranks), tuple(branch_site), tuple(branch_source), tuple(dropped), sites
-    )
+    return _pack(tuple(ranks), tuple(branch_site), tuple(branch_source), tuple(dropped), sites)

@@ -53,6 +53,10 @@ class Columns(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class GroupLayout:

@@ -1,0 +1,135 @@
+"""pack: all A and B of a group in one buffer, scaled, cast and padded, so that the other kernels
+read plain matrices whatever the ranks are.
+
+The buffer holds, one after the other: A of each branch, [bucket, k], in the order of S's columns;
+the packed B of each site, [n, site columns]; and for each column of S whether it is a rank (1) or
+padding (0). It is made anew in every pass from a few hundred kilobytes; nothing is cached.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .buckets import BucketLayout
+from .tiles import pick
+
+__all__ = ["Packed", "pack", "pack_kernel"]
+
+_BLOCK = 1024
+
+
+@triton.jit
+def pack_kernel(
+    factors_a,  # per branch: [r, k], contiguous
+    factors_b,  # per branch: [n, r], contiguous
+    packed,  # flat
+    sizes_a,  # per branch: r * k
+    padded_a,  # bucket * k
+    starts_a,  # where the branch's A begins in packed
+    sizes_b,  # n * r
+    rows_b,  # n
+    buckets,  # the padded rank
+    starts_b,  # where the branch's first B column begins in packed
+    strides_b,  # columns of the branch's site
+    starts_valid,  # where the branch's columns' flags begin in packed
+    scales,
+    BRANCHES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(1)
+    j = problem % BRANCHES
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rank_columns = pick(buckets, j)
+    if problem < BRANCHES:
+        inside = index < pick(sizes_a, j)
+        value = tl.load(pick(factors_a, j) + index, mask=inside, other=0.0)
+        target = packed + pick(starts_a, j) + index
+        tl.store(target, value.to(packed.dtype.element_ty), mask=index < pick(padded_a, j))
+    else:
+        rows = pick(rows_b, j)
+        # A rank passed as such would compile the kernel anew for each; sizes are multiples of 16.
+        rank = pick(sizes_b, j) // rows
+        row, column = index // rank_columns, index % rank_columns
+        inside = (row < rows) & (column < rank)
+        value = tl.load(pick(factors_b, j) + row * rank + column, mask=inside, other=0.0)
+        value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
+        target = packed + pick(starts_b, j) + row * pick(strides_b, j) + column
+        tl.store(target, (value * pick(scales, j)).to(packed.dtype.element_ty), mask=row < rows)
+        flag = packed + pick(starts_valid, j) + index
+        is_rank = (index < rank).to(packed.dtype.element_ty)
+        tl.store(flag, is_rank, mask=index < rank_columns)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The packed factors.
+
+    Attributes:
+        buffer: flat, in the dtype of x.
+        a: for each branch, the element where its A [bucket, k] begins.
+        b: for each site, the element where its B [n, columns] begins.
+        valid: where the flags of S's columns begin.
+    """
+
+    buffer: Tensor
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    valid: int
+
+
+def pack(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    layout: BucketLayout,
+    x: Tensor,
+) -> Packed:
+    """Launch: one program per 1024 elements of each factor.
+
+    Args:
+        a, b: [r, k_source] and [n, r] for each branch; A all of one dtype, B all of one dtype.
+        scales: multiplied into B.
+        x: gives dtype and device.
+    """
+    start_a, start_b = [0] * len(a), [0] * len(layout.site)
+    position = 0
+    order = sorted((j for j in range(len(a)) if a[j].shape[0]), key=layout.branch.__getitem__)
+    width = [columns.width for columns in layout.branch]
+    for j in order:
+        start_a[j] = position
+        position += width[j] * a[j].shape[1]
+    for j in order:
+        site = layout.site[layout.site_of[j]]
+        if layout.branch[j].start == site.start:
+            start_b[layout.site_of[j]] = position
+            position += site.width * b[j].shape[0]
+    buffer = torch.empty(position + layout.columns, dtype=x.dtype, device=x.device)
+    if order:
+        sites = [layout.site[layout.site_of[j]] for j in order]
+        largest = max(width[j] * max(a[j].shape[1], b[j].shape[0]) for j in order)
+        pack_kernel[(triton.cdiv(largest, _BLOCK), 2 * len(order))](
+            tuple(a[j].contiguous() for j in order),
+            tuple(b[j].contiguous() for j in order),
+            buffer,
+            tuple(a[j].numel() for j in order),
+            tuple(width[j] * a[j].shape[1] for j in order),
+            tuple(start_a[j] for j in order),
+            tuple(b[j].numel() for j in order),
+            tuple(b[j].shape[0] for j in order),
+            tuple(width[j] for j in order),
+            tuple(
+                start_b[layout.site_of[j]] + layout.branch[j].start - site.start
+                for j, site in zip(order, sites, strict=True)
+            ),
+            tuple(site.width for site in sites),
+            tuple(position + layout.branch[j].start for j in order),
+            tuple(float(scales[j]) for j in order),
+            BRANCHES=len(order),
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
+    return Packed(buffer, tuple(start_a), tuple(start_b), position)

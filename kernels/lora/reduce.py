@@ -1,0 +1,98 @@
+"""reduce: sums of fp32 partial results in fixed order, for several matrices in one launch.
+
+The other kernels split a long sum over programs, each of which writes its part. Adding the parts up
+in the order of their index, rather than by atomics in the order of arrival, makes every result
+repeat bit for bit.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import pick
+
+__all__ = ["Sum", "reduce_kernel", "reduce_splits"]
+
+_BLOCK = 1024
+
+
+@triton.jit
+def reduce_kernel(
+    outs,  # per problem: [rows, columns], rows out_strides apart
+    parts,  # flat, fp32 (fp64 for fp64 outputs)
+    sizes,  # rows * columns
+    rows,
+    out_strides,
+    starts,  # the first part's first element
+    part_strides,  # elements between a part's rows
+    split_strides,  # elements between parts
+    splits,
+    scales,
+    BLOCK: tl.constexpr,
+):
+    problem = tl.program_id(1)
+    size = pick(sizes, problem)
+    # Sizes are multiples of 16 where a rank is not: fewer compiled variants.
+    columns = size // pick(rows, problem)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    row, column = index // columns, index % columns
+    source = parts + pick(starts, problem) + row * pick(part_strides, problem) + column
+    acc = tl.zeros((BLOCK,), parts.dtype.element_ty)
+    for _ in range(pick(splits, problem)):
+        acc += tl.load(source, mask=inside, other=0.0)
+        source += pick(split_strides, problem)
+    out = pick(outs, problem)
+    value = (acc * pick(scales, problem)).to(out.dtype.element_ty)
+    tl.store(out + row * pick(out_strides, problem) + column, value, mask=inside)
+
+
+class Sum(NamedTuple):
+    """One matrix to add up.
+
+    Attributes:
+        out: [rows, columns], last stride 1.
+        start: element of `parts` where the first part begins.
+        part_stride: elements between a part's rows.
+        split_stride: elements between parts.
+        splits: how many parts.
+        scale: multiplied into the sum.
+    """
+
+    out: Tensor
+    start: int
+    part_stride: int
+    split_stride: int
+    splits: int
+    scale: float = 1.0
+
+
+def reduce_splits(sums: Sequence[Sum], parts: Tensor) -> None:
+    """Write every sum to its output: one launch for each dtype among the outputs."""
+    for dtype in dict.fromkeys(item.out.dtype for item in sums):
+        some = [item for item in sums if item.out.dtype == dtype and item.out.numel()]
+        if not some:
+            continue
+        # A contiguous output is one long row, if its parts are too.
+        rows = [
+            1 if item.part_stride == item.out.shape[1] == item.out.stride(0) else item.out.shape[0]
+            for item in some
+        ]
+        largest = max(item.out.numel() for item in some)
+        reduce_kernel[(triton.cdiv(largest, _BLOCK), len(some))](
+            tuple(item.out for item in some),
+            parts,
+            tuple(item.out.numel() for item in some),
+            tuple(rows),
+            tuple(item.out.stride(0) for item in some),
+            tuple(item.start for item in some),
+            tuple(item.part_stride for item in some),
+            tuple(item.split_stride for item in some),
+            tuple(item.splits for item in some),
+            tuple(item.scale for item in some),
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )

@@ -1,0 +1,147 @@
+"""shrink: S = u A^T for every branch of a group, in one launch.
+
+The product is [m, k] x [k, columns] with few columns, so it costs one read of each source. Columns
+computed from the same source share that read, up to 128 of them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .buckets import BucketLayout
+from .configs import Launch
+from .pack import Packed
+from .reduce import Sum, reduce_splits
+from .tables import chunks
+from .tiles import keep_tile, offsets, pick
+
+__all__ = ["shrink", "shrink_kernel"]
+
+
+@triton.jit
+def shrink_kernel(
+    sources,  # per source: [m, k], rows source_strides apart
+    source_strides,
+    ks,
+    packed,  # A of a segment: [width, k] from starts_a on; flags of the columns from valid on
+    s,  # [splits, m, columns]
+    chunk_sources,  # per chunk of at most BLOCK_R columns of one segment
+    starts,
+    widths,
+    starts_a,
+    branches,
+    thresholds,  # drop probability in units of 2^-16
+    seed,
+    valid,
+    m,
+    columns,
+    SPLITS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX64: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    chunk, split = tl.program_id(1), tl.program_id(2)
+    source = pick(chunk_sources, chunk)
+    u, k = pick(sources, source), pick(ks, source)
+    width = pick(widths, chunk)
+    row = offsets(tl.program_id(0) * BLOCK_M, BLOCK_M, INDEX64)
+    rank = offsets(0, BLOCK_R, INDEX64)
+    column = tl.arange(0, BLOCK_K)
+    u_rows = u + row[:, None] * pick(source_strides, source)
+    a_rows = packed + pick(starts_a, chunk) + rank[None, :] * k
+    ACC: tl.constexpr = tl.float64 if packed.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
+    if DROPOUT:
+        key, branch, threshold = tl.load(seed), pick(branches, chunk), pick(thresholds, chunk)
+    per_split = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
+    for first in range(split * per_split, min((split + 1) * per_split, k), BLOCK_K):
+        inside_u, inside_a = row[:, None] < m, rank[None, :] < width
+        if not EVEN_K:
+            inside_u &= first + column[None, :] < k
+            inside_a &= first + column[:, None] < k
+        u_tile = tl.load(u_rows + first + column[None, :], mask=inside_u, other=0.0)
+        a_tile = tl.load(a_rows + first + column[:, None], mask=inside_a, other=0.0)
+        if DROPOUT:
+            keep = keep_tile(key, branch, threshold, row, first, BLOCK_M, BLOCK_K)
+            u_tile = tl.where(keep, u_tile, 0.0)
+        acc = tl.dot(u_tile, a_tile, acc, input_precision=PRECISION, out_dtype=ACC)
+    if DROPOUT:
+        acc *= 65536.0 / (65536.0 - threshold)
+    start = pick(starts, chunk)
+    # Padding is written as zero, not as computed: infinity times a zero of A is not a number.
+    flags = tl.load(packed + valid + start + rank, mask=rank < width, other=0.0)
+    acc = tl.where(flags.to(tl.float32)[None, :] > 0, acc, 0.0)
+    target = s + (split * m + row[:, None]) * columns + start + rank[None, :]
+    tl.store(target, acc.to(s.dtype.element_ty), mask=(row[:, None] < m) & (rank[None, :] < width))
+
+
+def shrink(
+    sources: Sequence[Tensor],
+    packed: Packed,
+    layout: BucketLayout,
+    dropout: Sequence[float],
+    seed: Tensor | None,
+    launch: Launch,
+    *,
+    index64: bool,
+) -> Tensor:
+    """S [m, columns] in the dtype of x.
+
+    Args:
+        sources: [m, k_i] each, last stride 1.
+        packed: as `pack` made it.
+        dropout: probability for each branch.
+        seed: int64 scalar if any is above 0.
+    """
+    m, x = sources[0].shape[0], sources[0]
+    ks = [source.shape[1] for source in sources]
+    s = torch.empty(m, layout.columns, dtype=x.dtype, device=x.device)
+    if not layout.columns or not m:
+        return s
+    tile = launch.tiles["shrink"]
+    table = chunks(layout, packed, ks, dropout)
+    row_blocks = triton.cdiv(m, tile.m)
+    # A split of fewer than four steps costs more to add up than it saves.
+    steps = min(triton.cdiv(k, tile.k) for k in ks)
+    splits = max(1, min(launch.programs // (row_blocks * len(table.start)), steps // 4))
+    parts = s
+    if splits > 1:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        parts = torch.empty(splits, m, layout.columns, dtype=wide, device=x.device)
+    shrink_kernel[(row_blocks, len(table.start), splits)](
+        tuple(sources),
+        tuple(source.stride(0) for source in sources),
+        tuple(ks),
+        packed.buffer,
+        parts,
+        table.source,
+        table.start,
+        table.width,
+        table.a,
+        table.branch,
+        table.threshold,
+        seed,
+        packed.valid,
+        m,
+        layout.columns,
+        SPLITS=splits,
+        DROPOUT=table.dropout,
+        PRECISION=launch.precision,
+        INDEX64=index64,
+        EVEN_K=all(k % tile.k == 0 for k in ks),
+        BLOCK_M=tile.m,
+        BLOCK_R=table.block,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if splits > 1:
+        reduce_splits([Sum(s, 0, layout.columns, s.numel(), splits)], parts)
+    return s

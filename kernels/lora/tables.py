@@ -1,0 +1,91 @@
+"""Problem tables built on the host: which columns of S a program works on, and from what."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .buckets import BUCKETS, BucketLayout
+from .pack import Packed
+
+__all__ = ["ColumnTable", "chunks", "common_block", "segments"]
+
+
+@dataclass(frozen=True)
+class ColumnTable:
+    """Runs of columns of S that read one source, as kernel arguments.
+
+    Attributes:
+        block: power of two; the columns a kernel takes at a time.
+        source: index of the source of each run.
+        start, width: its columns.
+        a: element of the packed buffer where its rows of A begin.
+        branch: its branch if the source is dropped out, else 0.
+        threshold: drop probability in units of 2^-16. A float, because the compiler specialises
+            integers.
+        dropout: whether any threshold is above 0.
+    """
+
+    block: int
+    source: tuple[int, ...]
+    start: tuple[int, ...]
+    width: tuple[int, ...]
+    a: tuple[int, ...]
+    branch: tuple[int, ...]
+    threshold: tuple[float, ...]
+    dropout: bool
+
+
+def common_block(widths: Iterable[int]) -> int:
+    """The largest block that divides all widths, so that a loop over it needs no mask."""
+    widths = list(widths)
+    return next(size for size in (64, 32, 16) if all(width % size == 0 for width in widths))
+
+
+def chunks(
+    layout: BucketLayout, packed: Packed, ks: Sequence[int], dropout: Sequence[float]
+) -> ColumnTable:
+    """Every segment cut into chunks of at most `block` columns, the bucket of the widest."""
+    widest = max(segment.width for segment in layout.segments)
+    block = next((size for size in BUCKETS if size >= widest), BUCKETS[-1])
+    return _table(layout, packed, ks, dropout, block, cut=True)
+
+
+def segments(
+    layout: BucketLayout, packed: Packed, ks: Sequence[int], dropout: Sequence[float]
+) -> ColumnTable:
+    """Every segment whole; `block` divides all widths."""
+    block = common_block(segment.width for segment in layout.segments)
+    return _table(layout, packed, ks, dropout, block, cut=False)
+
+
+def _table(
+    layout: BucketLayout,
+    packed: Packed,
+    ks: Sequence[int],
+    dropout: Sequence[float],
+    block: int,
+    *,
+    cut: bool,
+) -> ColumnTable:
+    branch_at = {columns.start: j for j, columns in enumerate(layout.branch) if columns.width}
+    runs = [
+        (segment, start, min(segment.stop - start, block) if cut else segment.width)
+        for segment in layout.segments
+        for start in (range(segment.start, segment.stop, block) if cut else [segment.start])
+    ]
+    threshold = tuple(
+        float(round(dropout[segment.branch] * 65536)) if segment.branch >= 0 else 0.0
+        for segment, _, _ in runs
+    )
+    return ColumnTable(
+        block=block,
+        source=tuple(segment.source for segment, _, _ in runs),
+        start=tuple(start for _, start, _ in runs),
+        width=tuple(width for _, _, width in runs),
+        a=tuple(
+            packed.a[branch_at[segment.start]] + (start - segment.start) * ks[segment.source]
+            for segment, start, _ in runs
+        ),
+        branch=tuple(max(segment.branch, 0) for segment, _, _ in runs),
+        threshold=threshold,
+        dropout=any(threshold),
+    )
