@@ -7,15 +7,20 @@ every dY, a reduce of dS, dX, the pass over the sources, a reduce of dA and dB.
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from .backward import Part, grads_of_a, grads_of_s_and_b
 from .buckets import BucketLayout
 from .configs import Launch, launch_for
+from .dx import dx
 from .expand import expand
 from .pack import Packed, pack
+from .reduce import Sum, reduce_splits
 from .shrink import shrink
+from .tables import chunks, segments
 
-__all__ = ["group_linear"]
+__all__ = ["group_linear", "group_linear_backward", "low_rank_add"]
 
 
 def group_linear(
@@ -53,6 +58,145 @@ def group_linear(
     return outputs, s
 
 
+def low_rank_add(
+    outputs: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    layout: BucketLayout,
+    dropout: Sequence[float],
+    seed: Tensor | None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Add the low-rank parts to what the base layers wrote, in place.
+
+    Args:
+        outputs: [..., n_i] of each site, dense.
+        sources, a, b, scales, layout, dropout, seed, launch: as `group_linear`.
+
+    Returns:
+        S [m, layout.columns].
+    """
+    x = sources[0]
+    launch = launch or launch_for(x)
+    rows = [_rows(source) for source in sources]
+    outs = [output.view(rows[0].shape[0], output.shape[-1]) for output in outputs]
+    index64 = _index64(launch, [*rows, *outs])
+    packed = _pack(a, b, scales, layout, x)
+    s = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
+    if layout.columns:
+        expand(rows[0], s, packed, (), (), outs, layout, launch, index64=index64)
+    return s
+
+
+def group_linear_backward(
+    grads: Sequence[Tensor | None],
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scales: Sequence[float],
+    layout: BucketLayout,
+    dropout: Sequence[float],
+    seed: Tensor | None,
+    needs: Sequence[bool],
+    launch: Launch | None = None,
+) -> list[Tensor]:
+    """Backward of a group, only the gradients asked for; arguments as `aten.group_linear_backward`.
+
+    Args:
+        weights: empty where the base layers compute their own part.
+        s: [m, layout.columns] as the forward pass returned it.
+        layout, dropout, seed, launch: as `group_linear`.
+
+    Returns:
+        The gradients whose flag is set, in the order of `needs`; those of A and B in their
+        parameter's dtype. The same bits for the same arguments.
+    """
+    launch = launch or launch_for(s)
+    q, p, t = len(sources), len(weights), len(a)
+    need_source, need_bias = needs[:q], needs[q : q + p]
+    need_a, need_b = needs[q + p : q + p + t], needs[q + p + t :]
+    rows = [_rows(source) for source in sources]
+    m, ks = rows[0].shape[0], [r.shape[1] for r in rows]
+    dys = _grad_rows(grads, weights, b, layout, s)
+    d_source, d_a, d_b = (
+        [torch.empty_like(f, memory_format=torch.contiguous_format) for f in some]
+        for some in (rows, a, b)
+    )
+    index64 = _index64(launch, [*rows, *dys, *weights])
+    wanted = [i for i in range(q) if need_source[i]]
+    reads = {segment.source for segment in layout.segments}
+    need_ds = any(need_a) or bool(reads.intersection(wanted))
+    if not m or not layout.columns:
+        for factor in (*d_a, *d_b):
+            factor.zero_()
+    packed = _pack(a, b, scales, layout, s)
+    ds, sums = s, []
+    if m and layout.columns and (need_ds or any(need_b)):
+        ds, parts = grads_of_s_and_b(
+            dys, s, packed, layout, launch, need_ds=need_ds, need_db=any(need_b), index64=index64
+        )
+        sums += _sums(parts, d_b, need_b, layout, scales, dim=1)
+    if m and wanted:
+        table = segments(layout, packed, ks, dropout) if reads.intersection(wanted) else None
+        outs = [d_source[i] for i in wanted]
+        dx(dys, weights, ds, packed, table, seed, outs, wanted, launch, index64=index64)
+    if m and layout.columns and any(need_a):
+        table = chunks(layout, packed, ks, dropout)
+        parts = grads_of_a(rows, ds, table, seed, launch, index64=index64)
+        sums += _sums(parts, d_a, need_a, layout, [1.0] * t, dim=0)
+    reduce_splits(sums)
+    d_bias = [dy.sum(0) if need else dy for dy, need in zip(dys, need_bias, strict=False)]
+    d_source = [grad.view(source.shape) for grad, source in zip(d_source, sources, strict=True)]
+    flat = [*d_source, *d_bias, *d_a, *d_b]
+    return [grad for grad, need in zip(flat, needs, strict=True) if need]
+
+
+def _grad_rows(
+    grads: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    b: Sequence[Tensor],
+    layout: BucketLayout,
+    s: Tensor,
+) -> list[Tensor]:
+    """dY of every site as [m, n]; an output nothing depends on is rare and gets zeros."""
+    found = []
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            found.append(_rows(grad))
+            continue
+        ns = [f.shape[0] for f, site in zip(b, layout.site_of, strict=True) if site == i]
+        found.append(
+            s.new_zeros(s.shape[0], weights[i].shape[0] if weights else max(ns, default=0))
+        )
+    return found
+
+
+def _sums(
+    parts: Sequence[Part],
+    grads: Sequence[Tensor],
+    needed: Sequence[bool],
+    layout: BucketLayout,
+    scales: Sequence[float],
+    *,
+    dim: int,
+) -> list[Sum]:
+    """Which parts add up to which rows (dim 0) or columns (dim 1) of which branch's gradient."""
+    found = []
+    for j, (grad, need) in enumerate(zip(grads, needed, strict=True)):
+        first, rank = layout.branch[j].start, grad.shape[dim]
+        for part in parts if need else ():
+            low, high = max(part.start, first), min(part.stop, first + rank)
+            if low < high:
+                skip = (low - part.start) * (part.part_stride if dim == 0 else 1)
+                out = grad.narrow(dim, low - first, high - low)
+                found.append(Sum(out, part.parts[skip:], *part[3:], float(scales[j])))
+    return found
+
+
 def _pack(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -80,4 +224,8 @@ def _index64(launch: Launch, tensors: Sequence[Tensor]) -> bool:
     if launch.index64 is not None:
         return launch.index64
     # Tiles overhang the edge by less than 2^10 rows, whose masked addresses are computed too.
-    return any((t.shape[0] + 1024) * max(t.stride()) >= 2**31 for t in tensors if t.dim() == 2)
+    return any(
+        (size + 1024) * stride >= 2**31
+        for t in tensors
+        for size, stride in zip(t.shape, t.stride(), strict=True)
+    )

@@ -22,11 +22,10 @@ _BLOCK = 1024
 @triton.jit
 def reduce_kernel(
     outs,  # per problem: [rows, columns], rows out_strides apart
-    parts,  # flat, fp32 (fp64 for fp64 outputs)
+    parts,  # fp32 (fp64 for fp64 outputs), from the first part on
     sizes,  # rows * columns
     rows,
     out_strides,
-    starts,  # the first part's first element
     part_strides,  # elements between a part's rows
     split_strides,  # elements between parts
     splits,
@@ -40,8 +39,9 @@ def reduce_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     row, column = index // columns, index % columns
-    source = parts + pick(starts, problem) + row * pick(part_strides, problem) + column
-    acc = tl.zeros((BLOCK,), parts.dtype.element_ty)
+    part = pick(parts, problem)
+    source = part + row * pick(part_strides, problem) + column
+    acc = tl.zeros((BLOCK,), part.dtype.element_ty)
     for _ in range(pick(splits, problem)):
         acc += tl.load(source, mask=inside, other=0.0)
         source += pick(split_strides, problem)
@@ -55,7 +55,7 @@ class Sum(NamedTuple):
 
     Attributes:
         out: [rows, columns], last stride 1.
-        start: element of `parts` where the first part begins.
+        parts: fp32 (fp64 for fp64 outputs), flat, from the first part on.
         part_stride: elements between a part's rows.
         split_stride: elements between parts.
         splits: how many parts.
@@ -63,14 +63,14 @@ class Sum(NamedTuple):
     """
 
     out: Tensor
-    start: int
+    parts: Tensor
     part_stride: int
     split_stride: int
     splits: int
     scale: float = 1.0
 
 
-def reduce_splits(sums: Sequence[Sum], parts: Tensor) -> None:
+def reduce_splits(sums: Sequence[Sum]) -> None:
     """Write every sum to its output: one launch for each dtype among the outputs."""
     for dtype in dict.fromkeys(item.out.dtype for item in sums):
         some = [item for item in sums if item.out.dtype == dtype and item.out.numel()]
@@ -84,11 +84,10 @@ def reduce_splits(sums: Sequence[Sum], parts: Tensor) -> None:
         largest = max(item.out.numel() for item in some)
         reduce_kernel[(triton.cdiv(largest, _BLOCK), len(some))](
             tuple(item.out for item in some),
-            parts,
+            tuple(item.parts for item in some),
             tuple(item.out.numel() for item in some),
             tuple(rows),
             tuple(item.out.stride(0) for item in some),
-            tuple(item.start for item in some),
             tuple(item.part_stride for item in some),
             tuple(item.split_stride for item in some),
             tuple(item.splits for item in some),

@@ -143,5 +143,5 @@ def shrink(
         num_stages=tile.stages,
     )
     if splits > 1:
-        reduce_splits([Sum(s, 0, layout.columns, s.numel(), splits)], parts)
+        reduce_splits([Sum(s, parts, layout.columns, s.numel(), splits)])
     return s
