@@ -179,9 +179,9 @@ def grads_of_s_and_b(
         dS [m, layout.columns] in the dtype of s, or None if not needed; and the parts of dB.
     """
     m = s.shape[0]
-    tile = launch.tiles["dy"]
     widest = max(columns.width for columns in layout.site)
     block_r = next((size for size in BUCKETS if size >= widest), BUCKETS[-1])
+    tile = launch.tile("dy", block_r)
     problems = [
         (i, start, min(columns.stop - start, block_r))
         for i, columns in enumerate(layout.site)
@@ -201,7 +201,9 @@ def grads_of_s_and_b(
     db_starts = [sum(db_sizes[:p]) for p in range(len(problems))]
     ds_parts = s.new_empty(sum(ds_sizes) if need_ds else 0, dtype=wide)
     db_parts = s.new_empty(sum(db_sizes) if need_db else 0, dtype=wide)
-    dy_kernel[(sum(groups), splits)](
+    launch.start(
+        dy_kernel,
+        (sum(groups), splits),
         tuple(dys[i] for i, _, _ in problems),
         tuple(dys[i].stride(0) for i, _, _ in problems),
         s,
@@ -241,7 +243,8 @@ def grads_of_s_and_b(
                     groups[p],
                 )
                 for p, (_, start, width) in enumerate(problems)
-            ]
+            ],
+            launch,
         )
     sums = [
         Part(start, start + width, db_parts[db_starts[p] :], width, ns[p] * width, splits)
@@ -271,7 +274,7 @@ def grads_of_a(
         The parts of dA.
     """
     m, columns = ds.shape
-    tile = launch.tiles["da"]
+    tile = launch.tile("da", table.block)
     ks = [sources[i].shape[1] for i in table.source]
     blocks = sum(triton.cdiv(k, tile.k) for k in ks)
     splits = max(1, min(launch.programs * 2 // blocks, triton.cdiv(m, tile.m)))
@@ -279,7 +282,9 @@ def grads_of_a(
     starts = [sum(sizes[:p]) for p in range(len(sizes))]
     wide = torch.float64 if ds.dtype == torch.float64 else torch.float32
     parts = ds.new_empty(sum(sizes), dtype=wide)
-    da_kernel[(blocks, splits)](
+    launch.start(
+        da_kernel,
+        (blocks, splits),
         tuple(sources),
         tuple(source.stride(0) for source in sources),
         ds,

@@ -1,12 +1,13 @@
 """Tile sizes and launch options: plain data, chosen on the host."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-__all__ = ["KERNELS", "Launch", "Tile", "launch_for", "shipped"]
+__all__ = ["KERNELS", "Launch", "Tile", "launch_for", "shipped", "start"]
 
 KERNELS = ("shrink", "expand", "dy", "dx", "da", "score")
 
@@ -27,6 +28,11 @@ class Tile:
     stages: int = 3
 
 
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run a kernel on the current stream."""
+    kernel[grid](*args, **options)
+
+
 @dataclass(frozen=True)
 class Launch:
     """How the kernels of a group are launched.
@@ -37,6 +43,8 @@ class Launch:
         precision: of float32 products: "ieee", or "tf32" where torch allows it.
         index64: addresses in int64; None decides it from the sizes.
         tma: use tensor descriptors where strides allow.
+        start: called as (kernel, grid, *arguments, **options) for every launch; `aot` compiles here
+            instead, and tests count.
     """
 
     tiles: Mapping[str, Tile]
@@ -44,6 +52,11 @@ class Launch:
     precision: str = "ieee"
     index64: bool | None = None
     tma: bool = False
+    start: Callable[..., None] = start
+
+    def tile(self, kernel: str, block_r: int) -> Tile:
+        """The block sizes of a kernel that takes this many columns of S at a time."""
+        return self.tiles[kernel]
 
 
 _INTERPRETER = Tile(32, 32, 32, warps=1, stages=1)

@@ -131,14 +131,17 @@ def dx(
         out_sources: index of the source of each.
     """
     m = ds.shape[0]
-    tile = launch.tiles["dx"]
+    block_r = table.block if table else 16
+    tile = launch.tile("dx", block_r)
     ks = tuple(out.shape[1] for out in outs)
     tiles = triton.cdiv(m, tile.m) * sum(triton.cdiv(k, tile.n) for k in ks)
     if not tiles:
         return
     base = bool(weights) and out_sources[0] == 0
     dense, strides, transposed = leading(weights)
-    dx_kernel[(min(tiles, launch.programs),)](
+    launch.start(
+        dx_kernel,
+        (min(tiles, launch.programs),),
         tuple(dys),
         tuple(dense) if base else tuple(dys),
         tuple(dy.stride(0) for dy in dys),
@@ -168,7 +171,7 @@ def dx(
         BLOCK_M=tile.m,
         BLOCK_K=tile.n,
         BLOCK_N=tile.k,
-        BLOCK_R=table.block if table else 16,
+        BLOCK_R=block_r,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -137,13 +137,16 @@ def expand(
     """
     m, k = x.shape
     ns = tuple(out.shape[1] for out in outs)
-    tile = launch.tiles["expand"]
+    block_r = common_block(columns.width for columns in layout.site)
+    tile = launch.tile("expand", block_r)
     tiles = triton.cdiv(m, tile.m) * sum(triton.cdiv(n, tile.n) for n in ns)
     if not tiles:
         return
     given = [bias for bias in biases if bias is not None]
     dense, strides, transposed = leading(weights)
-    expand_kernel[(min(tiles, launch.programs),)](
+    launch.start(
+        expand_kernel,
+        (min(tiles, launch.programs),),
         x,
         s,
         packed.buffer,
@@ -171,7 +174,7 @@ def expand(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
-        BLOCK_R=common_block(columns.width for columns in layout.site),
+        BLOCK_R=block_r,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

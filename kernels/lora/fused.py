@@ -51,7 +51,7 @@ def group_linear(
     rows = [_rows(source) for source in sources]
     outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     index64 = _index64(launch, [*rows, *weights, *outputs])
-    packed = _pack(a, b, scales, layout, x)
+    packed = _pack(a, b, scales, layout, x, launch)
     s = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
     outs = [output.view(-1, output.shape[-1]) for output in outputs] if x.numel() else []
     expand(rows[0], s, packed, weights, biases, outs, layout, launch, index64=index64)
@@ -83,7 +83,7 @@ def low_rank_add(
     rows = [_rows(source) for source in sources]
     outs = [output.view(rows[0].shape[0], output.shape[-1]) for output in outputs]
     index64 = _index64(launch, [*rows, *outs])
-    packed = _pack(a, b, scales, layout, x)
+    packed = _pack(a, b, scales, layout, x, launch)
     s = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
     if layout.columns:
         expand(rows[0], s, packed, (), (), outs, layout, launch, index64=index64)
@@ -133,7 +133,7 @@ def group_linear_backward(
     if not m or not layout.columns:
         for factor in (*d_a, *d_b):
             factor.zero_()
-    packed = _pack(a, b, scales, layout, s)
+    packed = _pack(a, b, scales, layout, s, launch)
     ds, sums = s, []
     if m and layout.columns and (need_ds or any(need_b)):
         ds, parts = grads_of_s_and_b(
@@ -148,7 +148,7 @@ def group_linear_backward(
         table = chunks(layout, packed, ks, dropout)
         parts = grads_of_a(rows, ds, table, seed, launch, index64=index64)
         sums += _sums(parts, d_a, need_a, layout, [1.0] * t, dim=0)
-    reduce_splits(sums)
+    reduce_splits(sums, launch)
     d_bias = [dy.sum(0) if need else dy for dy, need in zip(dys, need_bias, strict=False)]
     d_source = [grad.view(source.shape) for grad, source in zip(d_source, sources, strict=True)]
     flat = [*d_source, *d_bias, *d_a, *d_b]
@@ -203,8 +203,9 @@ def _pack(
     scales: Sequence[float],
     layout: BucketLayout,
     x: Tensor,
+    launch: Launch,
 ) -> Packed:
-    return pack(_alike(a), _alike(b), scales, layout, x)
+    return pack(_alike(a), _alike(b), scales, layout, x, launch)
 
 
 def _alike(factors: Sequence[Tensor]) -> list[Tensor]:

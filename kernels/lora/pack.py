@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .buckets import BucketLayout
+from .configs import Launch
 from .tiles import pick
 
 __all__ = ["Packed", "pack", "pack_kernel"]
@@ -87,6 +88,7 @@ def pack(
     scales: Sequence[float],
     layout: BucketLayout,
     x: Tensor,
+    launch: Launch,
 ) -> Packed:
     """Launch: one program per 1024 elements of each factor.
 
@@ -111,7 +113,9 @@ def pack(
     if order:
         sites = [layout.site[layout.site_of[j]] for j in order]
         largest = max(width[j] * max(a[j].shape[1], b[j].shape[0]) for j in order)
-        pack_kernel[(triton.cdiv(largest, _BLOCK), 2 * len(order))](
+        launch.start(
+            pack_kernel,
+            (triton.cdiv(largest, _BLOCK), 2 * len(order)),
             tuple(a[j].contiguous() for j in order),
             tuple(b[j].contiguous() for j in order),
             buffer,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import Launch
 from .tiles import pick
 
 __all__ = ["Sum", "reduce_kernel", "reduce_splits"]
@@ -70,7 +71,7 @@ class Sum(NamedTuple):
     scale: float = 1.0
 
 
-def reduce_splits(sums: Sequence[Sum]) -> None:
+def reduce_splits(sums: Sequence[Sum], launch: Launch) -> None:
     """Write every sum to its output: one launch for each dtype among the outputs."""
     for dtype in dict.fromkeys(item.out.dtype for item in sums):
         some = [item for item in sums if item.out.dtype == dtype and item.out.numel()]
@@ -82,7 +83,9 @@ def reduce_splits(sums: Sequence[Sum]) -> None:
             for item in some
         ]
         largest = max(item.out.numel() for item in some)
-        reduce_kernel[(triton.cdiv(largest, _BLOCK), len(some))](
+        launch.start(
+            reduce_kernel,
+            (triton.cdiv(largest, _BLOCK), len(some)),
             tuple(item.out for item in some),
             tuple(item.parts for item in some),
             tuple(item.out.numel() for item in some),

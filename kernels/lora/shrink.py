@@ -105,8 +105,8 @@ def shrink(
     s = torch.empty(m, layout.columns, dtype=x.dtype, device=x.device)
     if not layout.columns or not m:
         return s
-    tile = launch.tiles["shrink"]
     table = chunks(layout, packed, ks, dropout)
+    tile = launch.tile("shrink", table.block)
     row_blocks = triton.cdiv(m, tile.m)
     # A split of fewer than four steps costs more to add up than it saves.
     steps = min(triton.cdiv(k, tile.k) for k in ks)
@@ -115,7 +115,9 @@ def shrink(
     if splits > 1:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         parts = torch.empty(splits, m, layout.columns, dtype=wide, device=x.device)
-    shrink_kernel[(row_blocks, len(table.start), splits)](
+    launch.start(
+        shrink_kernel,
+        (row_blocks, len(table.start), splits),
         tuple(sources),
         tuple(source.stride(0) for source in sources),
         tuple(ks),
@@ -143,5 +145,5 @@ def shrink(
         num_stages=tile.stages,
     )
     if splits > 1:
-        reduce_splits([Sum(s, parts, layout.columns, s.numel(), splits)])
+        reduce_splits([Sum(s, parts, layout.columns, s.numel(), splits)], launch)
     return s
