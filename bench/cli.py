@@ -20,6 +20,7 @@ examples:
   heterolora bench --case 'minilm-*' --rounds 15 --json minilm.json
   heterolora bench --compile --out bench/results
   heterolora bench --report bench/results
+  heterolora bench --explain --case 'linears-*' --device H100
 """
 
 _ROUNDS, _QUICK_ROUNDS = 15, 3
@@ -48,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)"
     )
     parser.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N"
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:N; for --explain also a GPU that is not here, such as H100",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to one file")
     parser.add_argument(
@@ -56,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="print a Markdown table of the files in DIR"
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="time nothing: print what the cost model expects of every group",
     )
 
 
@@ -85,6 +94,9 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
             print(f"{case.name:<{width}}  {case.description}")
         return 0
 
+    if args.explain:
+        return _explain(args, out)
+
     import torch
 
     from heterolora.bench import harness, record
@@ -113,6 +125,38 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return _status(measured)
+
+
+def _explain(args: argparse.Namespace, out: "Console") -> int:
+    import torch
+    from rich.text import Text
+
+    from heterolora import options
+    from heterolora.bench import cases, explain, harness
+
+    chosen = cases.select(args.case, quick=args.quick)
+    here = args.device.partition(":")[0] in ("auto", "cpu", "cuda")
+    place = _device(args.device) if here else None
+    on_gpu = place is None or place.type == "cuda"
+    devices: dict[torch.dtype, explain.Device] = {}
+    explained = []
+    with harness.cpu_threads(args.threads):
+        for case in chosen:
+            dtype = explain.dtype_of(case)
+            if dtype not in devices:
+                devices[dtype] = (
+                    explain.named_device(args.device)
+                    if place is None
+                    else explain.measure_device(place, dtype)
+                )
+                line = explain.device_line(devices[dtype], dtype, on_gpu=on_gpu)
+                out.print(Text(line, style="dim"))
+            found = explain.explain_case(case, devices[dtype], on_gpu=on_gpu)
+            explain.print_explained(out, found)
+            explained.append((devices[dtype], found))
+    if args.json is not None:
+        options.write_json(str(args.json), explain.as_json(explained))
+    return 0
 
 
 def _results(

@@ -1,0 +1,363 @@
+"""The steps of each implementation, with the bytes, FLOPs and launches of each: plain arithmetic.
+
+They mirror the code they describe: PEFT's eager LoRA layer, :mod:`.aten`, :mod:`.fused`, and a
+frozen layer alone. :mod:`.cost` turns them into times.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .buckets import BUCKETS, BucketLayout, bucket_layout
+
+__all__ = [
+    "MASK_BYTES",
+    "MASK_LAUNCHES",
+    "LowRank",
+    "Problem",
+    "Step",
+    "aten_steps",
+    "base_steps",
+    "peft_steps",
+    "triton_steps",
+]
+
+# `spec.dropout_mask`, which `aten` calls for each branch with dropout: its Philox rounds are
+# separate int64 operations on [m, k / 8]. Counted from the operations it runs; a test counts again.
+MASK_BYTES = 480
+MASK_LAUNCHES = 235
+
+# Blocks by which the Triton launchers split their sums, and how many programs they aim to keep
+# busy: near enough to the shipped tiles and to a large GPU, and of little weight.
+_ROWS, _STEP, _COLUMNS, _PROGRAMS = 64, 64, 128, 132
+_PARTIAL = 4
+
+
+class LowRank(NamedTuple):
+    """One branch: its rank, the site it adds to, the source it reads, and whether it drops out."""
+
+    rank: int
+    site: int = 0
+    source: int = 0
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The shapes of a group.
+
+    Attributes:
+        m: rows of x.
+        sources: columns of each distinct input; the first is x.
+        sites: n of each site.
+        branches: in any order; rank 0 is allowed.
+        itemsize: bytes of an element of x.
+        factor_itemsize: bytes of an element of A and B.
+        bias: whether the sites have one; it is frozen.
+        input_grad: whether the gradients of the sources are asked for.
+    """
+
+    m: int
+    sources: tuple[int, ...]
+    sites: tuple[int, ...]
+    branches: tuple[LowRank, ...] = ()
+    itemsize: int = 2
+    factor_itemsize: int = 2
+    bias: bool = False
+    input_grad: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = (self.m, *self.sources, *self.sites, *(b.rank for b in self.branches))
+        if min(sizes) < 0 or not self.sources or not self.sites:
+            raise ValueError("a problem needs a source, a site, and sizes of at least 0")
+        for j, b in enumerate(self.branches):
+            if not (0 <= b.site < len(self.sites) and 0 <= b.source < len(self.sources)):
+                raise ValueError(f"branch {j}: no site {b.site} or no source {b.source}")
+
+    @property
+    def live(self) -> tuple[LowRank, ...]:
+        """The branches of a rank above 0."""
+        return tuple(b for b in self.branches if b.rank)
+
+    def at(self, site: int) -> list[LowRank]:
+        return [b for b in self.live if b.site == site]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One or more launches of one kind.
+
+    Attributes:
+        name: what it computes.
+        read, written: bytes.
+        flops: of matmuls; elementwise arithmetic is not counted.
+        launches: kernels started.
+        itemsize: bytes of a matmul operand: which of the device's FLOP/s it is held against.
+        own_matmul: a base matmul by Triton rather than by the vendor's library.
+    """
+
+    name: str
+    read: int
+    written: int
+    flops: int = 0
+    launches: int = 1
+    itemsize: int = 2
+    own_matmul: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+
+_Passes = tuple[list[Step], list[Step]]
+
+
+def _mm(
+    name: str, m: int, k: int, n: int, size: int, *, beta: bool = False, bias: bool = False
+) -> Step:
+    """[m, k] x [k, n], added to what is there if `beta`."""
+    read = m * k + k * n + (m * n if beta else 0) + (n if bias else 0)
+    return Step(name, read * size, m * n * size, 2 * m * k * n, itemsize=size)
+
+
+def _map(name: str, elements: int, read: int, written: int, launches: int = 1) -> Step:
+    """Elementwise: bytes read and written for each element, over all launches."""
+    return Step(name, elements * read, elements * written, launches=launches)
+
+
+def base_steps(p: Problem) -> _Passes:
+    """The frozen sites alone, with autograd's sum of their gradients of x: the floor."""
+    m, k, e = p.m, p.sources[0], p.itemsize
+    forward = [_mm("base", m, k, n, e, bias=p.bias) for n in p.sites]
+    backward = []
+    if p.input_grad:
+        backward = [_mm("dX", m, n, k, e) for n in p.sites]
+        backward += [_map("sum of dX", m * k, 2 * e, e)] * (len(p.sites) - 1)
+    return forward, backward
+
+
+def peft_steps(p: Problem) -> _Passes:
+    """PEFT's eager layers, adapters in their own dtype, one after the other."""
+    m, e, f = p.m, p.itemsize, p.factor_itemsize
+    forward, backward = base_steps(p)
+    for b in p.live:
+        k, n, r = p.sources[b.source], p.sites[b.site], b.rank
+        if e != f:
+            forward.append(_map("cast x", m * k, e, f))
+            backward.append(_map("casts of dY", m * n, e + f, f + e, launches=2))
+        if b.dropout:
+            forward.append(_map("dropout", m * k, f, f + 1))
+        forward += [
+            _mm("A", m, k, r, f),
+            _mm("B", m, r, n, f),
+            _map("scale", m * n, f, f),
+            _map("add", m * n, e + f, max(e, f)),
+        ]
+        backward += [
+            _map("scale dY", m * n, f, f),
+            _mm("dB", n, m, r, f),
+            _mm("dS", m, n, r, f),
+            _mm("dA", r, m, k, f),
+        ]
+        if e != f:
+            forward.append(_map("cast y", m * n, f, e))
+        if p.input_grad:
+            backward.append(_mm("dS A", m, r, k, f))
+            if b.dropout:
+                backward.append(_map("dropout of dX", m * k, f + 1, f))
+            if e != f:
+                backward.append(_map("cast dX", m * k, f, e))
+            if b.source == 0:
+                backward.append(_map("sum of dX", m * k, 2 * e, e))
+    return forward, backward
+
+
+def aten_steps(p: Problem) -> _Passes:
+    """`aten.group_linear` and its backward."""
+    m, e, f = p.m, p.itemsize, p.factor_itemsize
+    sources, inputs = _inputs(p)
+    forward: list[Step] = []
+    backward: list[Step] = []
+    for k, dropped in zip(sources[len(p.sources) :], inputs[len(p.sources) :], strict=True):
+        forward.append(_map("dropout mask", m * k, MASK_BYTES, 0, launches=MASK_LAUNCHES))
+        forward.append(_map("cast and apply mask", m * k, 8 + 2 * e, 2 * e, launches=2))
+        if p.input_grad and dropped[0].source == 0:
+            backward.append(_map("mask and sum of dX", m * k, 4 * e, 2 * e, launches=2))
+        elif p.input_grad:
+            backward.append(_map("mask dU", m * k, 2 * e, e))
+    for k, branches in zip(sources, inputs, strict=True):
+        if branches:
+            forward += [*_stack(branches, k, e, f), _mm("S", m, k, sum(_ranks(branches)), e)]
+    for i, n in enumerate(p.sites):
+        site = p.at(i)
+        for first, b in enumerate(site):
+            forward += _scaled_b(n, b.rank, e, f)
+            forward.append(_mm("S B", m, b.rank, n, e, beta=first > 0, bias=p.bias and not first))
+            backward += _scaled_b(n, b.rank, e, f)
+            backward += [_mm("dS", m, n, b.rank, e), _mm("dB", b.rank, m, n, e)]
+            backward.append(_map("fill and scale dB", n * b.rank, f, 2 * f, launches=2))
+            if e != f:
+                backward.append(_map("cast dB", n * b.rank, e, f))
+        forward.append(_mm("base", m, p.sources[0], n, e, beta=bool(site), bias=p.bias))
+    for i, (k, branches) in enumerate(zip(sources, inputs, strict=True)):
+        ranks = sum(_ranks(branches))
+        if branches:
+            backward.append(_mm("dA", ranks, m, k, e))
+            # Each dA is filled with zeros first; it is then the product itself if that fits.
+            backward.append(_map("fill dA", ranks * k, 0, f, launches=len(branches)))
+            if e != f or len(branches) > 1:
+                backward.append(_map("copy dA", ranks * k, e, f, launches=len(branches)))
+        if not p.input_grad:
+            continue
+        if branches:
+            backward += [*_stack(branches, k, e, f), _mm("dS A", m, ranks, k, e)]
+        for j, n in enumerate(p.sites if i == 0 else ()):
+            backward.append(_mm("dX", m, n, k, e, beta=bool(branches) or j > 0))
+    return forward, backward
+
+
+def triton_steps(p: Problem) -> _Passes:
+    """`fused.group_linear` and its backward: pack, shrink, expand; pack, dY, dX, sources, sums."""
+    m, e, f = p.m, p.itemsize, p.factor_itemsize
+    layout = bucket_layout(
+        [b.rank for b in p.branches],
+        [b.site for b in p.branches],
+        [b.source for b in p.branches],
+        [b.dropout for b in p.branches],
+        sites=len(p.sites),
+    )
+    pack = [_pack(p, layout)] if p.live else []
+    forward = [*pack, *_shrink(p, layout)]
+    # The sites share one launch, not their reads: their tiles need not meet in a cache.
+    expand = [
+        _join("", _mm("", m, p.sources[0], n, e, bias=p.bias), _mm("", m, site.width, n, e), m * n)
+        for n, site in zip(p.sites, layout.site, strict=True)
+    ]
+    forward.append(_one_launch("expand", expand, own=True))
+    backward = list(pack)
+    if p.live:
+        dy_steps, db_parts = _dy_pass(p, layout)
+        da_step, da_parts = _da_pass(p, layout)
+        backward += dy_steps
+    if p.input_grad:
+        widths = [0] * len(p.sources)
+        for segment in layout.segments:
+            widths[segment.source] += segment.width
+        inner = [width + (sum(p.sites) if i == 0 else 0) for i, width in enumerate(widths)]
+        products = [_mm("", m, c, k, e) for c, k in zip(inner, p.sources, strict=True) if c]
+        backward.append(_one_launch("dX", products, own=True))
+    if p.live:
+        gradients = sum(b.rank * (p.sources[b.source] + p.sites[b.site]) for b in p.live) * f
+        backward += [da_step, Step("sum of dA, dB", db_parts + da_parts, gradients)]
+    return forward, backward
+
+
+def _dy_pass(p: Problem, layout: BucketLayout) -> tuple[list[Step], int]:
+    """dS and the parts of dB from one read of each dY for every 128 columns; bytes of the latter.
+
+    The launcher's division of n and m, which balances the parts of dS and dB.
+    """
+    m, e = p.m, p.itemsize
+    problems = [
+        (n, min(columns.stop - start, BUCKETS[-1]))
+        for n, columns in zip(p.sites, layout.site, strict=True)
+        for start in range(columns.start, columns.stop, BUCKETS[-1])
+    ]
+    total = max(1, sum(n for n, _ in problems))
+    splits = round(math.sqrt(_PROGRAMS * 2 * m / total))
+    splits = max(1, min(splits, _PROGRAMS, -(-m // _ROWS)))
+    span = max(1, -(-total // max(1, _PROGRAMS * 2 // splits) // _COLUMNS)) * _COLUMNS
+    ds_parts = sum(-(-n // span) * m * width for n, width in problems) * _PARTIAL
+    db_parts = sum(splits * n * width for n, width in problems) * _PARTIAL
+    read = sum(m * n + m * width + n * width for n, width in problems) * e
+    flops = sum(4 * m * n * width for n, width in problems)
+    dy = Step("dY pass", read, ds_parts + db_parts, flops, itemsize=e)
+    return [dy, Step("sum of dS", ds_parts, m * layout.columns * e)], db_parts
+
+
+def _da_pass(p: Problem, layout: BucketLayout) -> tuple[Step, int]:
+    """The parts of dA from one read of a source for every 128 columns; bytes of the parts."""
+    m, e = p.m, p.itemsize
+    chunks = _chunks(p, layout)
+    blocks = max(1, sum(-(-k // _COLUMNS) for k, _ in chunks))
+    splits = max(1, min(_PROGRAMS * 2 // blocks, -(-m // _ROWS)))
+    parts = sum(splits * k * width for k, width in chunks) * _PARTIAL
+    read = sum(m * k + m * width for k, width in chunks) * e
+    flops = sum(2 * m * k * width for k, width in chunks)
+    return Step("dA pass", read, parts, flops, itemsize=e), parts
+
+
+def _chunks(p: Problem, layout: BucketLayout) -> list[tuple[int, int]]:
+    """Columns of the source and of S for every piece of at most 128 columns with one source."""
+    return [
+        (p.sources[segment.source], min(segment.stop - start, BUCKETS[-1]))
+        for segment in layout.segments
+        for start in range(segment.start, segment.stop, BUCKETS[-1])
+    ]
+
+
+def _inputs(p: Problem) -> tuple[list[int], list[list[LowRank]]]:
+    """Columns and branches of each input `aten` sees: a dropped-out source is one of its own."""
+    sources = list(p.sources)
+    inputs = [[b for b in p.live if b.source == i and not b.dropout] for i in range(len(sources))]
+    for b in p.live:
+        if b.dropout:
+            sources.append(p.sources[b.source])
+            inputs.append([b])
+    return sources, inputs
+
+
+def _ranks(branches: Sequence[LowRank]) -> list[int]:
+    return [b.rank for b in branches]
+
+
+def _stack(branches: Sequence[LowRank], k: int, e: int, f: int) -> list[Step]:
+    elements = sum(_ranks(branches)) * k
+    steps = [_map("stack A", elements, f, f)] if len(branches) > 1 else []
+    return steps + ([_map("cast A", elements, f, e)] if e != f else [])
+
+
+def _scaled_b(n: int, r: int, e: int, f: int) -> list[Step]:
+    if e == f:
+        return [_map("scale B", n * r, f, f)]
+    return [_map("scale and cast B", n * r, 2 * f, f + e, launches=2)]
+
+
+def _pack(p: Problem, layout: BucketLayout) -> Step:
+    read = written = 0
+    for b, columns in zip(p.branches, layout.branch, strict=True):
+        size = p.sources[b.source] + p.sites[b.site]
+        read += b.rank * size * p.factor_itemsize
+        written += (columns.stop - columns.start) * size * p.itemsize
+    return Step("pack A, B", read, written)
+
+
+def _shrink(p: Problem, layout: BucketLayout) -> list[Step]:
+    """One read of a source for every 128 columns, and a sum if few rows leave programs idle."""
+    if not p.live:
+        return []
+    m, e = p.m, p.itemsize
+    chunks = _chunks(p, layout)
+    steps = min(-(-k // _STEP) for k in p.sources)
+    splits = max(1, min(_PROGRAMS // max(1, -(-m // _ROWS) * len(chunks)), steps // 4))
+    read = sum(m * k + k * width for k, width in chunks) * e
+    flops = sum(2 * m * k * width for k, width in chunks)
+    size = m * layout.columns
+    if splits == 1:
+        return [Step("shrink", read, size * e, flops, itemsize=e)]
+    parts = splits * size * _PARTIAL
+    return [Step("shrink", read, parts, flops, itemsize=e), Step("sum of S", parts, size * e)]
+
+
+def _join(name: str, base: Step, low_rank: Step, output: int) -> Step:
+    """Two products into one output of `output` elements, written once."""
+    written = output * base.itemsize
+    flops = base.flops + low_rank.flops
+    return Step(name, base.read + low_rank.read, written, flops, itemsize=base.itemsize)
+
+
+def _one_launch(name: str, steps: Sequence[Step], *, own: bool = False) -> Step:
+    read, written = sum(s.read for s in steps), sum(s.written for s in steps)
+    flops = sum(s.flops for s in steps)
+    return Step(name, read, written, flops, itemsize=steps[0].itemsize, own_matmul=own)

@@ -1,0 +1,192 @@
+"""Which implementation "auto" takes: on a CPU, on a GPU by expected cost, and under a compiler."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from heterolora.kernels import Branch, Site, dispatch
+from heterolora.kernels.cost import LowRank, Problem, estimate
+from heterolora.kernels.devices import device_for
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """Fake tensors on a GPU that torch says is an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dispatch._cached_fastest.cache_clear()
+    yield
+    dispatch._cached_fastest.cache_clear()
+
+
+@pytest.fixture
+def compiled_kernels(monkeypatch):
+    """Skips where the kernels run in Triton's interpreter, which changes what a CPU can run."""
+    import triton
+
+    from heterolora.kernels.pack import pack_kernel
+
+    if not isinstance(pack_kernel, triton.runtime.JITFunction):
+        pytest.skip("this process runs Triton's interpreter")
+
+
+def group(m, k, ns, rank=16, device="cuda", dtype=torch.bfloat16, dropout=0.0):
+    x = torch.empty(m, k, device=device, dtype=dtype)
+    sites = [Site(torch.empty(n, k, device=device, dtype=dtype)) for n in ns]
+    branches = [
+        Branch(
+            i,
+            torch.empty(rank, k, device=device),
+            torch.empty(n, rank, device=device),
+            dropout=dropout,
+        )
+        for i, n in enumerate(ns)
+    ]
+    return x, sites, branches
+
+
+def choose(x, sites, branches, implementation="auto"):
+    factors = [f for branch in branches for f in (branch.a, branch.b)]
+    return dispatch.choose(implementation, x, factors, sites, branches)
+
+
+def test_auto_is_aten_on_a_cpu():
+    assert choose(*group(4, 8, [8], device="cpu", dtype=torch.float32)) == "aten"
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(compiled_kernels):
+    with pytest.raises(ValueError, match="cannot run here: CPU tensors need Triton's interpreter"):
+        choose(*group(4, 8, [8], device="cpu", dtype=torch.float32), "triton")
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; choose one of auto"):
+        dispatch.choose("cuda", torch.empty(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "ns"),
+    [(8192, 2048, [2048]), (8192, 8192, [8192]), (128, 4096, [4096] * 3), (1024, 4096, [4096])],
+)
+def test_auto_on_a_gpu_takes_what_the_cost_model_expects_to_be_faster(h100, m, k, ns):
+    problem = Problem(m, (k,), tuple(ns), tuple(LowRank(16, i) for i in range(len(ns))), 2, 4)
+    found = estimate(problem, device_for(H100))
+    expected = min(("aten", "triton"), key=lambda name: found[name].seconds)
+    with FakeTensorMode():
+        assert choose(*group(m, k, ns)) == expected
+
+
+def test_both_outcomes_occur(h100):
+    with FakeTensorMode():
+        assert choose(*group(8192, 8192, [8192])) == "aten"
+        assert choose(*group(8192, 2048, [2048])) == "triton"
+
+
+def test_forced_implementations_do_not_ask_the_model(h100):
+    with FakeTensorMode():
+        assert choose(*group(8192, 8192, [8192]), "triton") == "triton"
+        assert choose(*group(8192, 2048, [2048]), "aten") == "aten"
+        assert dispatch._cached_fastest.cache_info().misses == 0
+
+
+def test_what_triton_cannot_run_is_aten_or_an_error(h100):
+    with FakeTensorMode():
+        wide = group(8192, 2048, [2048], dtype=torch.float64)
+        assert choose(*wide) == "aten"
+        with pytest.raises(ValueError, match=r"no Triton kernels for torch\.float64"):
+            choose(*wide, "triton")
+
+
+def test_without_a_group_auto_is_triton_where_it_can_run(h100):
+    with FakeTensorMode():
+        assert dispatch.choose("auto", torch.empty(8, 8, device="cuda")) == "triton"
+
+
+def test_neighbouring_batch_sizes_share_one_answer(h100):
+    with FakeTensorMode():
+        for m in range(1025, 1100):
+            choose(*group(m, 512, [512]))
+    info = dispatch._cached_fastest.cache_info()
+    assert (info.misses, info.hits) == (1, 74)
+
+
+def test_gradient_mode_does_not_change_the_answer(h100):
+    with FakeTensorMode():
+        given = group(8192, 2048, [2048])
+        with torch.no_grad():
+            assert choose(*given) == "triton"
+        assert dispatch._cached_fastest.cache_info().currsize == 1
+        assert choose(*given) == "triton"
+        assert dispatch._cached_fastest.cache_info().currsize == 1
+
+
+def seen(monkeypatch):
+    """Every problem the model is asked about."""
+    problems = []
+
+    def record(problem, device):
+        problems.append(problem)
+        return "triton"
+
+    monkeypatch.setattr(dispatch, "fastest", record)
+    return problems
+
+
+def test_sources_are_told_apart_by_identity_and_masks(h100, monkeypatch):
+    problems = seen(monkeypatch)
+    with FakeTensorMode():
+        x, sites, branches = group(64, 32, [32, 32])
+        source = torch.empty(64, 48, device="cuda")
+        a, b = torch.empty(4, 48, device="cuda"), torch.empty(32, 4, device="cuda")
+        mask = torch.empty(64, 32, device="cuda")
+        branches += [Branch(0, a, b, source=source), Branch(1, a, b, source=source, dropout=0.1)]
+        branches.append(Branch(0, branches[0].a, branches[0].b, source=x, mask=mask))
+        choose(x, sites, branches)
+    assert problems == [
+        Problem(
+            64,
+            (32, 48, 32),
+            (32, 32),
+            (
+                LowRank(16, 0, 0),
+                LowRank(16, 1, 0),
+                LowRank(4, 0, 1),
+                LowRank(4, 1, 1, True),
+                LowRank(16, 0, 2),
+            ),
+            itemsize=2,
+            factor_itemsize=4,
+        )
+    ]
+
+
+def test_symbolic_rows_are_not_guarded_and_count_as_many(h100, monkeypatch):
+    problems = seen(monkeypatch)
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes) as fake:
+        m = shapes.create_unbacked_symint()
+        x, sites, branches = group(8, 32, [32])
+        x = torch.empty(m, 32, device="cuda", dtype=torch.bfloat16)
+        assert fake is not None and choose(x, sites, branches) == "triton"
+    assert problems[0].m == dispatch._LARGE_M
+    assert not shapes.guards
+
+
+@pytest.mark.parametrize(("dynamic", "rows"), [(False, [64, 128]), (True, [dispatch._LARGE_M])])
+def test_under_a_compiler(h100, compiled_kernels, monkeypatch, dynamic, rows):
+    problems = seen(monkeypatch)
+
+    def step(x, weight, a, b):
+        return x.shape[0], dispatch.choose("auto", x, [a, b], [Site(weight)], [Branch(0, a, b)])
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=dynamic)
+    with FakeTensorMode():
+        _, [site], [branch] = group(1, 16, [32], rank=4)
+        for m in (50, 100):
+            x = torch.empty(m, 16, device="cuda", dtype=torch.bfloat16)
+            assert compiled(x, site.weight, branch.a, branch.b) == (m, "triton")
+    # One question for each compilation: an open m compiles once.
+    assert problems == [Problem(m, (16,), (32,), (LowRank(4),), 2, 4) for m in rows]
