@@ -8,14 +8,26 @@ recompute under checkpointing, a sibling that is never called.
 """
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from heterolora.decline import call_reason, input_reason, layer_reason
-from heterolora.kernels import Branch, Site, group_linear
+from heterolora.decline import (
+    active_adapter,
+    call_reason,
+    dense_weight,
+    dropout_probability,
+    input_reason,
+    is_dense,
+    layer_reason,
+)
+from heterolora.kernels import Branch, Site, group_linear, low_rank_add
+from heterolora.own_base import observed, output_reason, run_base
+
+if TYPE_CHECKING:
+    from heterolora.search.scoring import Scorer
 
 __all__ = ["Fusion", "Group", "Member"]
 
@@ -30,26 +42,37 @@ class Member:
         self.layer = layer
         self.fusion = fusion
         self.group: Group | None = None
+        # Why the base's output cannot be added to; seen only once the base has run.
+        self.unfit: str | None = None
         layer.forward = self.forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if not compiling and self.fusion.recording:
             self.fusion.record(self, x)
+        if not compiling and self.fusion.scorer is not None:
+            self.fusion.scorer.called(self.name)
         group = self.group if self.group is not None and self.group.window_open else None
         reason = call_reason(args, kwargs)
         if reason is None:
             if group is not None and (y := group.pick_up(self, x)) is not None:
                 return y
             reason = self.reason(x)
-        if reason is not None:
-            if not compiling:
-                self.fusion.warn_once(reason)
-            return type(self.layer).forward(self.layer, x, *args, **kwargs)
-        return run([self], x)[0] if group is None else group.run(self, x)
+        if reason is None:
+            y = run([self], x)[0] if group is None else group.run(self, x)
+            if y is not None:
+                return y
+            reason = self.unfit
+        if not compiling and reason is not None:
+            self.fusion.warn_once(reason)
+        return type(self.layer).forward(self.layer, x, *args, **kwargs)
 
     def reason(self, x: Tensor) -> str | None:
-        return layer_reason(self.layer) or input_reason(self.layer, x)
+        return (
+            self.unfit
+            or layer_reason(self.layer, self.fusion.backend)
+            or input_reason(self.layer, x)
+        )
 
 
 class Group:
@@ -77,7 +100,7 @@ class Group:
             self.x = None
         return y
 
-    def run(self, member: Member, x: Tensor) -> Tensor:
+    def run(self, member: Member, x: Tensor) -> Tensor | None:
         """Run the group on x; the other members' outputs wait for their calls."""
         if not torch.compiler.is_compiling() and x.is_inference():
             # Without a version counter a change of x between siblings could not be seen.
@@ -87,11 +110,17 @@ class Group:
         members = [member] + [
             sibling
             for sibling in self.members
-            if sibling is not member and sibling.name in todo and sibling.reason(x) is None
+            if sibling is not member
+            and sibling.name in todo
+            and sibling.reason(x) is None
+            # Who watches a base layer sees its calls when PEFT makes them.
+            and not observed(sibling.layer.base_layer)
         ]
         y, *others = run(members, x)
         self.x, self.state = x, _state(x)
-        self.waiting = {m.name: other for m, other in zip(members[1:], others, strict=True)}
+        self.waiting = {
+            m.name: other for m, other in zip(members[1:], others, strict=True) if other is not None
+        }
         return y
 
     def _open(self, module: nn.Module, args: Any) -> None:
@@ -109,11 +138,15 @@ class Group:
 class Fusion:
     """All that `fuse` did to one model; kept on the model, undone by :meth:`remove`."""
 
-    def __init__(self, entries: list[nn.Module], layers: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, entries: list[nn.Module], layers: dict[str, nn.Module], backend: str
+    ) -> None:
+        self.backend = backend
         self.members = {name: Member(name, layer, self) for name, layer in layers.items()}
         self.groups: list[Group] = []
         self.unseen = set(layers)
         self.recording = False
+        self.scorer: Scorer | None = None
         self._base = entries[-1]
         self._depth = 0
         self._runs: list[list[Member]] = []
@@ -211,25 +244,61 @@ class Fusion:
         handles.clear()
 
 
-def run(members: list[Member], x: Tensor) -> list[Tensor]:
-    """Run the members' base layers and adapters on x as one operation."""
-    sites, branches = [], []
+def run(members: list[Member], x: Tensor) -> list[Tensor | None]:
+    """Run the members' base layers and adapters on x: one operation for those with dense bases, one
+    for each dtype that the others' bases return. None where that cannot be added to.
+    """
+    outputs: dict[str, Tensor] = {}
+    own: dict[torch.dtype, list[tuple[Member, Tensor]]] = {}
+    dense = []
+    for member in members:
+        if is_dense(member.layer):
+            dense.append(member)
+            continue
+        y = run_base(member.layer, x)
+        reason = output_reason(member.layer, x, y)
+        if reason is None:
+            own.setdefault(y.dtype, []).append((member, y))
+        else:
+            member.unfit = reason
+    if dense:
+        _collect(outputs, dense, _dense(dense, x))
+    for pairs in own.values():
+        adding, bases = [member for member, _ in pairs], [y for _, y in pairs]
+        branches, options = _branches(adding, x)
+        _collect(outputs, adding, low_rank_add(bases, x, branches, **options))
+    return [outputs.get(member.name) for member in members]
+
+
+def _dense(members: list[Member], x: Tensor) -> list[Tensor]:
+    layers = [member.layer for member in members]
+    sites = [Site(dense_weight(layer), layer.base_layer.bias) for layer in layers]
+    branches, options = _branches(members, x)
+    # Compiled code does not look at it: it would be compiled anew for the one pass that scores.
+    scorer = None if torch.compiler.is_compiling() else members[0].fusion.scorer
+    if scorer is not None:
+        return scorer.run([member.name for member in members], x, sites, branches, **options)
+    return group_linear(x, sites, branches, **options)
+
+
+def _branches(members: list[Member], x: Tensor) -> tuple[list[Branch], dict[str, Any]]:
+    """One branch a member, and the options of the call that they share."""
+    branches = []
     for index, member in enumerate(members):
         layer = member.layer
-        name = next(name for name in layer.active_adapters if name in layer.lora_A)
-        base = layer.base_layer
-        # Conv1D keeps its weight as [k, n].
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
-        sites.append(Site(weight, base.bias))
-        branches.append(
-            Branch(
-                index,
-                layer.lora_A[name].weight,
-                layer.lora_B[name].weight,
-                layer.scaling[name],
-            )
-        )
-    return group_linear(x, sites, branches)
+        name = active_adapter(layer)
+        factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+        p = dropout_probability(layer)
+        branches.append(Branch(index, *factors, layer.scaling[name], dropout=p))
+    if not any(branch.dropout for branch in branches):
+        return branches, {"implementation": members[0].fusion.backend}
+    # From torch's own generator, so that seeding, checkpointing and graph replay govern it.
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+    return branches, {"implementation": "triton", "seed": seed}
+
+
+def _collect(outputs: dict[str, Tensor], members: list[Member], values: list[Tensor]) -> None:
+    outputs.update((member.name, y) for member, y in zip(members, values, strict=True))
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:

@@ -10,29 +10,42 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["call_reason", "input_reason", "layer_reason"]
+from heterolora.kernels.dispatch import triton_reason
+from heterolora.own_base import adds_low_rank
+
+__all__ = [
+    "active_adapter",
+    "call_reason",
+    "dense_weight",
+    "dropout_probability",
+    "input_reason",
+    "is_dense",
+    "layer_reason",
+    "nesting_reason",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (nn.Parameter, Tensor)
 
 
-def layer_reason(layer: Any) -> str | None:
+def layer_reason(layer: Any, backend: str = "auto") -> str | None:
     """Reason to decline whatever the input is, or None.
 
     Args:
         layer: any PEFT LoRA layer.
+        backend: of `fuse`; "aten" cannot drop out.
     """
-    if type(layer) is not Linear:
+    if not adds_low_rank(layer):
         return _kind_reason(layer)
     if layer.disable_adapters:
         return "adapters disabled"
     if layer.merged:
         return "adapter merged into the base weight"
-    factors_a = layer.lora_A
-    active = [name for name in layer.active_adapters if name in factors_a]
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
     if not active:
         return "no active adapter"
     if len(active) > 1:
@@ -42,28 +55,75 @@ def layer_reason(layer: Any) -> str | None:
         return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
     if layer.lora_bias[name]:
         return "lora_bias: B has a bias"
-    dropout = layer.lora_dropout[name]
-    if type(dropout) is not nn.Identity and dropout.training:
-        p = getattr(dropout, "p", None)
-        if type(dropout) is not nn.Dropout or p:
-            return f"active dropout (p={p})" if p else f"active {type(dropout).__name__}"
-    if _hooked(dropout):
-        return "forward hooks on lora_dropout"
-    base = layer.base_layer
     return (
-        _base_reason(base)
-        or _factor_reason("lora_A", factors_a[name], base.weight)
-        or _factor_reason("lora_B", layer.lora_B[name], base.weight)
+        _dropout_reason(layer, name, backend)
+        or (None if is_dense(layer) else _own_base_reason(layer))
+        or _factor_reason("lora_A", layer.lora_A[name], layer.lora_A[name].weight)
+        or _factor_reason("lora_B", layer.lora_B[name], layer.lora_A[name].weight)
     )
+
+
+def nesting_reason(layer: Any) -> str | None:
+    """Reason to decline a layer whose base holds adapted layers itself, or None.
+
+    They would be called from inside the call that they are to be grouped with.
+    """
+    nested = any(isinstance(module, BaseTunerLayer) for module in layer.base_layer.modules())
+    return "adapter layers inside the base layer" if nested else None
+
+
+def active_adapter(layer: Any) -> str:
+    """The one active adapter of a layer that :func:`layer_reason` accepts."""
+    return next(name for name in layer.active_adapters if name in layer.lora_A)
+
+
+def dropout_probability(layer: Any) -> float:
+    """Of the active adapter right now, 0 in evaluation mode."""
+    dropout = layer.lora_dropout[active_adapter(layer)]
+    return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def is_dense(layer: Any) -> bool:
+    """Whether the group op can do the base layer's work: a plain matrix, frozen, nothing attached.
+
+    A layer of which this is not so runs by its own call (:mod:`heterolora.own_base`).
+    """
+    base = layer.base_layer
+    # By forward, not by class: a subclass that computes something else must not pass.
+    if type(layer) is not Linear or type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+        return False
+    weight, bias = base.weight, base.bias
+    return (
+        "forward" not in base.__dict__
+        and not _hooked(base)
+        and type(weight) in _PLAIN
+        and not hasattr(weight, "ds_id")
+        and weight.dtype in _DTYPES
+        and (bias is None or bias.dtype == weight.dtype)
+        and not (weight.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def dense_weight(layer: Any) -> Tensor:
+    """[n, k] of a dense base layer."""
+    base = layer.base_layer
+    # Conv1D keeps its weight as [k, n].
+    weight: Tensor = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+    return weight
 
 
 def input_reason(layer: Any, x: Any) -> str | None:
     """Reason to decline this input for a layer that :func:`layer_reason` accepts, or None."""
-    weight = layer.base_layer.weight
+    factor = layer.lora_A[active_adapter(layer)].weight
     if type(x) not in _PLAIN:
         return f"input is a {type(x).__name__}"
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
         return f"input of shape {tuple(x.shape)}"
+    if x.device != factor.device:
+        return f"input on {x.device}, lora_A on {factor.device}"
+    if not is_dense(layer):
+        return None if x.dtype in _DTYPES else f"input is {x.dtype}"
+    weight = layer.base_layer.weight
     if x.device != weight.device:
         return f"input on {x.device}, weight on {weight.device}"
     if x.dtype == weight.dtype:
@@ -87,40 +147,46 @@ def call_reason(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
 
 
 def _kind_reason(layer: nn.Module) -> str:
-    module = type(layer).__module__.rpartition(".")[2]
-    if module in ("aqlm", "awq", "bnb", "eetq", "gptq", "hqq", "inc", "te", "torchao"):
-        return f"quantised base ({module})"
-    if module == "tp_layer":
+    if type(layer).__module__.rpartition(".")[2] == "tp_layer":
         return "tensor-parallel base"
-    return f"a lora.{type(layer).__name__} layer, not lora.Linear"
+    return f"a lora.{type(layer).__name__} layer: more than base(x) + low-rank part"
 
 
-def _base_reason(base: nn.Module) -> str | None:
-    # By forward, not by class: a subclass that computes something else must not pass.
-    if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
-        quantised = hasattr(base, "quant_state") or hasattr(getattr(base, "weight", None), "SCB")
-        kind = "quantised base" if quantised else "base is not nn.Linear or Conv1D"
-        return f"{kind} ({type(base).__name__})"
-    if "forward" in base.__dict__:
-        return "forward replaced on the base layer by other code"
-    if _hooked(base):
-        return "forward hooks on the base layer"
-    weight = base.weight
+def _dropout_reason(layer: Any, name: str, backend: str) -> str | None:
+    dropout = layer.lora_dropout[name]
+    if _hooked(dropout):
+        return "forward hooks on lora_dropout"
+    if type(dropout) is nn.Identity or not dropout.training:
+        return None
+    p = float(getattr(dropout, "p", 0.0))
+    if type(dropout) is not nn.Dropout:
+        return f"active dropout (p={p})" if p else f"active {type(dropout).__name__}"
+    if not p:
+        return None
+    factor = layer.lora_A[name].weight
+    # On a CPU "auto" is "aten", and Philox in the kernel is what makes dropout cheap.
+    if backend == "aten" or (backend == "auto" and factor.device.type == "cpu"):
+        return f"active dropout (p={p})"
+    if round(p * 65536) == 65536:
+        return f"active dropout (p={p}) that keeps nothing"
+    if backend == "triton":
+        return None
+    compute = layer.base_layer.weight if is_dense(layer) else factor
+    reason = triton_reason(compute, [factor, layer.lora_B[name].weight])
+    return None if reason is None else f"active dropout (p={p}), but {reason}"
+
+
+def _own_base_reason(layer: Any) -> str | None:
+    base = layer.base_layer
+    if getattr(layer, "quant_linear_module", base) is not base:
+        return "quant_linear_module is not the base layer"
+    weight = getattr(base, "weight", None)
     if hasattr(weight, "ds_id"):
         return "DeepSpeed ZeRO-3 partitioned weight"
-    if type(weight) not in _PLAIN:
-        kind = type(weight).__name__
-        return "DTensor weight" if kind == "DTensor" else f"weight is a {kind}"
-    if weight.dtype not in _DTYPES:
-        return f"unsupported weight dtype {weight.dtype}"
-    if base.bias is not None and base.bias.dtype != weight.dtype:
-        return f"bias is {base.bias.dtype}, weight is {weight.dtype}"
-    if weight.requires_grad and torch.is_grad_enabled():
-        return "base weight needs a gradient"
-    return None
+    return "DTensor weight" if type(weight).__name__ == "DTensor" else None
 
 
-def _factor_reason(label: str, factor: nn.Module, base_weight: Tensor) -> str | None:
+def _factor_reason(label: str, factor: nn.Module, a: Tensor) -> str | None:
     if type(factor).forward is not nn.Linear.forward or "forward" in factor.__dict__:
         return f"{label} has a forward of its own ({type(factor).__name__})"
     if _hooked(factor):
@@ -132,8 +198,8 @@ def _factor_reason(label: str, factor: nn.Module, base_weight: Tensor) -> str | 
         return "DeepSpeed ZeRO-3 partitioned weight"
     if weight.dtype not in _DTYPES:
         return f"unsupported {label} dtype {weight.dtype}"
-    if weight.device != base_weight.device:
-        return f"{label} on {weight.device}, base weight on {base_weight.device}"
+    if weight.device != a.device:
+        return f"{label} on {weight.device}, lora_A on {a.device}"
     return None
 
 

@@ -1,5 +1,6 @@
 """`fuse` and `unfuse`: run a PEFT LoRA model's layers through the group op, and back."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,10 @@ from heterolora.errors import FuseError
 
 __all__ = ["FuseReport", "fuse", "unfuse"]
 
-_BACKENDS = ("auto", "aten")
+_BACKENDS = ("auto", "aten", "triton")
+
+# Rows for which the report says what "auto" takes: a training batch.
+_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,10 @@ class FuseReport:
     """What became of every LoRA layer; names as in the base model, as in `Allocation.ranks`.
 
     Attributes:
-        fused: implementation each fused layer runs on.
+        fused: what each fused layer runs on: "aten" or "triton", followed by ", own base matmul"
+            where the base layer runs by itself (quantised, hooked, any forward of its own) and the
+            low-rank part is added to its output. Under "auto" on a GPU every call chooses for its
+            number of rows; named is the choice for 8192.
         declined: why each other layer keeps PEFT's own forward for now. Reasons that can pass
             (merged, disabled, active dropout, ...) are looked at again at every call.
         groups: layers known so far to share one input, which run as one operation.
@@ -38,6 +45,8 @@ class FuseReport:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.declined.items():
             reasons.setdefault(reason, []).append(name)
+        paths = Counter(self.fused.values())
+        lines += [f"  fused, {path}: {count}" for path, count in sorted(paths.items())]
         lines += [f"  declined, {why}: {', '.join(names)}" for why, names in reasons.items()]
         return "\n".join(lines)
 
@@ -59,7 +68,8 @@ def fuse(
     Args:
         model: a `PeftModel`, or any model with LoRA layers injected.
         strict: raise instead of declining any layer.
-        backend: "auto" or "aten".
+        backend: "aten" (matmuls), "triton" (the project's kernels; the only one with active
+            dropout), or "auto": what is expected to be faster, "aten" on a CPU.
         example: keyword arguments of one forward pass, on the model's device. Used once, without
             gradients, in evaluation mode and with the random state restored, to find the groups
             before the first step, so that a resumed run repeats the first one to the bit.
@@ -68,14 +78,13 @@ def fuse(
         The state of every LoRA layer.
 
     Raises:
-        FuseError: no LoRA layer in the model, an unknown backend, or a declined layer with
-            `strict=True`; the model is left as it was.
+        FuseError: no LoRA layer in the model, an unknown backend, `backend="triton"` where that
+            cannot run, or a declined layer with `strict=True`; the model is left as it was.
     """
     # Here, so that importing heterolora does not import peft and transformers.
-    from peft.tuners.lora.layer import Linear
-
     from heterolora.binding import Fusion
-    from heterolora.decline import layer_reason
+    from heterolora.decline import layer_reason, nesting_reason
+    from heterolora.own_base import adds_low_rank
 
     if backend not in _BACKENDS:
         raise FuseError(f"unknown backend {backend!r}; choose one of {', '.join(_BACKENDS)}")
@@ -87,20 +96,26 @@ def fuse(
         )
     earlier = model.__dict__.get("_heterolora")
     bound = () if earlier is None else earlier.members
-    declined = {}
+    declined, fused = {}, {}
     for name, layer in layers.items():
-        reason = layer_reason(layer)
+        reason = layer_reason(layer, backend) or nesting_reason(layer)
         if reason is None and "forward" in layer.__dict__ and name not in bound:
             reason = "forward replaced on the layer by other code"
         if reason is not None:
             declined[name] = reason
+        else:
+            fused[name] = _path(name, layer, backend)
     if strict and declined:
         names = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
         raise FuseError(f"strict=True, but {len(declined)} layers cannot be fused: {names}")
 
     unfuse(model)
-    free = {n: m for n, m in layers.items() if type(m) is Linear and "forward" not in m.__dict__}
-    fusion = Fusion(_entries(model), free)
+    free = {
+        name: layer
+        for name, layer in layers.items()
+        if adds_low_rank(layer) and "forward" not in layer.__dict__ and not nesting_reason(layer)
+    }
+    fusion = Fusion(_entries(model), free, backend)
     model.__dict__["_heterolora"] = fusion
     if earlier is not None:
         fusion.adopt(earlier)
@@ -109,7 +124,7 @@ def fuse(
             model(**example)
         fusion.commit()
     return FuseReport(
-        fused={name: "aten" for name in layers if name not in declined},
+        fused=fused,
         declined=declined,
         groups=tuple(tuple(m.name for m in group.members) for group in fusion.groups),
     )
@@ -120,6 +135,25 @@ def unfuse(model: nn.Module) -> None:
     fusion = model.__dict__.pop("_heterolora", None)
     if fusion is not None:
         fusion.remove()
+
+
+def _path(name: str, layer: Any, backend: str) -> str:
+    """What a layer that nothing speaks against runs on, as `FuseReport.fused` has it."""
+    from heterolora.decline import active_adapter, dense_weight, dropout_probability, is_dense
+    from heterolora.kernels import Branch, Site
+    from heterolora.kernels.dispatch import choose
+
+    adapter = active_adapter(layer)
+    factors = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+    dense = is_dense(layer)
+    sites = [Site(dense_weight(layer))] if dense else []
+    x = (sites[0].weight if dense else factors[0]).new_empty(1).expand(_ROWS, layer.in_features)
+    wanted = "triton" if dropout_probability(layer) else backend
+    try:
+        chosen = choose(wanted, x, factors, sites, [Branch(0, *factors)])
+    except ValueError as error:
+        raise FuseError(f"{name}: {error}") from error
+    return chosen if dense else f"{chosen}, own base matmul"
 
 
 def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:

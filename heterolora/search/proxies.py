@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from heterolora.errors import DataError, DegenerateScoreError, ModelError, ScoreError
+from heterolora.kernels.spec import BranchScore
+from heterolora.search.scoring import Scorer, fused, measured, with_last
 
 __all__ = [
     "NEEDS_NONZERO_B",
@@ -79,8 +81,8 @@ def grad_norm(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         DataError, ModelError, ScoreError: as `batch_loss`.
     """
     return {
-        name: sum(float(gradient.norm()) for _, gradient in pairs)
-        for name, pairs in _summed_gradients(model, batches).items()
+        name: sum(math.sqrt(gram.trace().item()) for gram in (score.gram_a, score.gram_b))
+        for name, score in _scores(model, batches).items()
     }
 
 
@@ -93,10 +95,7 @@ def snip(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         DataError, ModelError, ScoreError: as `batch_loss`.
     """
     _require_nonzero_b(model, "snip")
-    return {
-        name: sum(float((weight * gradient).abs().sum()) for weight, gradient in pairs)
-        for name, pairs in _summed_gradients(model, batches).items()
-    }
+    return _saliency(_scores(model, batches))
 
 
 def synflow(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -127,13 +126,13 @@ def synflow(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         copy = buffer.detach().clone()
         tensors[f"model.{name}"] = copy.float() if copy.is_floating_point() else copy
     device = model_device(model)
+    # Not through the fused path: the gradient of a loss this saturated is a difference of nearly
+    # equal numbers, so another order of summation would change the scores in their fourth digit.
     with _training(model), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         torch.func.functional_call(_Backward(model), tensors, (_all_ones(model, batch),))
-    scores = {}
-    for name, pair in factors.items():
-        terms = ((leaf.detach(), leaf.grad) for leaf in (leaves[id(factor)] for factor in pair))
-        scores[name] = sum(float((w * g).abs().sum()) for w, g in terms if g is not None)
-    return scores
+    return _saliency(
+        {name: measured(leaves[id(a)], leaves[id(b)]) for name, (a, b) in factors.items()}
+    )
 
 
 PROXIES: dict[str, Proxy] = {
@@ -217,27 +216,28 @@ def _check_keys(model: nn.Module, batch: Batch, index: int) -> None:
         )
 
 
-def _summed_gradients(
-    model: nn.Module, batches: Iterable[Batch]
-) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    factors = lora_factors(model)
+def _scores(model: nn.Module, batches: Iterable[Batch]) -> dict[str, BranchScore]:
+    """Statistics of the summed gradients; those of the last batch are measured, not written."""
+    scorer = Scorer(lora_factors(model))
     count = 0
-    with _training(model), _own_gradients(model), torch.enable_grad():
-        for index, batch in enumerate(batches):
-            batch_loss(model, batch, index).backward()
+    with (
+        _training(model),
+        _own_gradients(model),
+        torch.enable_grad(),
+        fused(model) as fusion,
+    ):
+        for index, (batch, last) in enumerate(with_last(batches)):
+            fusion.scorer = scorer if last else None
+            loss = batch_loss(model, batch, index)
+            scorer.backward(loss) if last else loss.backward()
             count += 1
         if count == 0:
             raise DataError("no batches to score with: the iterable is empty")
-        # A module that takes no part in the loss (an unused pooler) has no gradient: it scores 0.
-        return {
-            name: [
-                (factor.detach().float(), torch.zeros_like(factor, dtype=torch.float32))
-                if factor.grad is None
-                else (factor.detach().float(), factor.grad.float())
-                for factor in pair
-            ]
-            for name, pair in factors.items()
-        }
+        return scorer.scores()
+
+
+def _saliency(scores: dict[str, BranchScore]) -> dict[str, float]:
+    return {name: score.abs_a.item() + score.abs_b.item() for name, score in scores.items()}
 
 
 def _require_nonzero_b(model: nn.Module, proxy: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .layout import GroupLayout
 
-__all__ = ["group_linear", "group_linear_backward"]
+__all__ = ["group_linear", "group_linear_backward", "low_rank_add"]
 
 
 def group_linear(
@@ -40,12 +40,7 @@ def group_linear(
         The outputs [..., n_i] in the dtype of x, and S [m, layout.columns] for the backward pass.
     """
     x = _rows(sources[0])
-    s = x.new_empty(x.shape[0], layout.columns)
-    for source, branches, columns in zip(sources, layout.by_source, layout.source, strict=True):
-        if branches:
-            stacked = _stack([a[j] for j in branches], x.dtype)
-            torch.mm(_rows(source), stacked.t(), out=s[:, slice(*columns)])
-
+    s = _shrink(sources, a, layout)
     outputs = []
     for weight, bias, branches in zip(weights, biases, layout.by_site, strict=True):
         # Written through a view: the output itself must not be one, or autograd would refuse to
@@ -67,6 +62,32 @@ def group_linear(
     return outputs, s
 
 
+def low_rank_add(
+    outputs: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    layout: GroupLayout,
+) -> Tensor:
+    """The branches alone, accumulated into the outputs of the base layers.
+
+    Args:
+        outputs: [..., n_i] for each site, contiguous, changed in place.
+        sources: distinct inputs [..., k_i] with equal leading dimensions, in the outputs' dtype.
+
+    Returns:
+        S [m, layout.columns] for the backward pass.
+    """
+    s = _shrink(sources, a, layout)
+    for y, branches in zip(outputs, layout.by_site, strict=True):
+        rows = y.view(s.shape[0], y.shape[-1])
+        for j in branches:
+            columns = slice(*layout.branch[j])
+            rows.addmm_(s[:, columns], _scaled_b_t(b[j], scales[j], s.dtype))
+    return s
+
+
 def group_linear_backward(
     grads: Sequence[Tensor | None],
     sources: Sequence[Tensor],
@@ -82,6 +103,8 @@ def group_linear_backward(
 
     Args:
         grads: dY [..., n_i] for each site; None for an output that nothing depends on.
+        weights: as in the forward pass; none at all where the base layers ran by themselves, whose
+            part of dX is not ours then, and neither are their biases.
         s: [m, layout.columns] as the forward pass returned it.
         needs: one flag for each source, then each site's bias, then each A, then each B.
 
@@ -89,6 +112,7 @@ def group_linear_backward(
         The gradients whose flag is set, in that order; those of A and B in their parameter's dtype.
     """
     dy = [None if grad is None else _rows(grad) for grad in grads]
+    bases = list(zip(dy, weights, strict=True)) if weights else []
     q, p, t = len(sources), len(weights), len(a)
     need_source, need_bias = needs[:q], needs[q : q + p]
     need_a, need_b = needs[q + p : q + p + t], needs[q + p + t :]
@@ -122,7 +146,7 @@ def group_linear_backward(
             grad = None
             if branches:
                 grad = torch.mm(ds[:, start:stop], _stack([a[j] for j in branches], s.dtype))
-            for grad_output, weight in zip(dy, weights, strict=True) if i == 0 else ():
+            for grad_output, weight in bases if i == 0 else ():
                 if grad_output is None:
                     continue
                 if grad is None:
@@ -135,9 +159,19 @@ def group_linear_backward(
 
     d_bias = [
         None if not need else weight.new_zeros(weight.shape[0]) if grad is None else grad.sum(0)
-        for need, grad, weight in zip(need_bias, dy, weights, strict=True)
+        for need, (grad, weight) in zip(need_bias, bases, strict=True)
     ]
     return [grad for grad in (*d_source, *d_bias, *d_a, *d_b) if grad is not None]
+
+
+def _shrink(sources: Sequence[Tensor], a: Sequence[Tensor], layout: GroupLayout) -> Tensor:
+    x = _rows(sources[0])
+    s = x.new_empty(x.shape[0], layout.columns)
+    for source, branches, columns in zip(sources, layout.by_source, layout.source, strict=True):
+        if branches:
+            stacked = _stack([a[j] for j in branches], x.dtype)
+            torch.mm(_rows(source), stacked.t(), out=s[:, slice(*columns)])
+    return s
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ def dy_kernel(
     span,  # columns of dY a program takes, a multiple of BLOCK_N
     NEED_DS: tl.constexpr,
     NEED_DB: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # span is BLOCK_N
     PRECISION: tl.constexpr,
     INDEX64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,8 +85,9 @@ def dy_kernel(
         if NEED_DB:
             db_rows = db_parts + pick(db_starts, problem) + (split * n + column[:, None]) * width
             tl.store(db_rows + rank[None, :], db, mask=in_columns[:, None] & in_rank)
-        # The next columns read shares that other threads of this program may have written.
-        tl.debug_barrier()
+        if not ONE_BLOCK:
+            # The next columns read shares that other threads of this program may have written.
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -134,7 +136,7 @@ def da_kernel(
             u_tile = tl.where(keep, u_tile, 0.0)
         acc = tl.dot(tl.trans(ds_tile), u_tile, acc, input_precision=PRECISION, out_dtype=ACC)
     if DROPOUT:
-        acc *= 65536.0 / (65536.0 - threshold)
+        acc *= 65536.0 / (65536.0 - threshold.to(ACC))
     target = da_parts + pick(da_starts, chunk) + (split * width + rank[:, None]).to(tl.int64) * k
     tl.store(target + column[None, :], acc, mask=(rank[:, None] < width) & (column[None, :] < k))
 
@@ -168,7 +170,7 @@ def grads_of_s_and_b(
     need_ds: bool,
     need_db: bool,
     index64: bool,
-) -> tuple[Tensor | None, list[Part]]:
+) -> tuple[Tensor, list[Part]]:
     """The pass over every dY, and the sum of its shares of dS.
 
     Args:
@@ -176,7 +178,7 @@ def grads_of_s_and_b(
         s: [m, layout.columns].
 
     Returns:
-        dS [m, layout.columns] in the dtype of s, or None if not needed; and the parts of dB.
+        dS [m, layout.columns] in the dtype of s, empty if not needed; and the parts of dB.
     """
     m = s.shape[0]
     widest = max(columns.width for columns in layout.site)
@@ -222,6 +224,7 @@ def grads_of_s_and_b(
         span,
         NEED_DS=need_ds,
         NEED_DB=need_db,
+        ONE_BLOCK=span == tile.n,
         PRECISION=launch.precision,
         INDEX64=index64,
         BLOCK_M=tile.m,
@@ -230,9 +233,8 @@ def grads_of_s_and_b(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    ds = None
+    ds = torch.empty_like(s) if need_ds else s.new_empty(0)
     if need_ds:
-        ds = torch.empty_like(s)
         reduce_splits(
             [
                 Sum(

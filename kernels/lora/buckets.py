@@ -46,6 +46,7 @@ class BucketLayout:
         site: columns of each site; empty where it has no branch.
         segments: what one shrink product fills at a time, in column order.
         site_of: the site each branch adds to.
+        source_of: the source each branch reads.
     """
 
     columns: int
@@ -53,6 +54,7 @@ class BucketLayout:
     site: tuple[Columns, ...]
     segments: tuple[Segment, ...]
     site_of: tuple[int, ...]
+    source_of: tuple[int, ...]
 
 
 def bucket(rank: int) -> int:
@@ -70,7 +72,8 @@ def _pack(
     sites: int,
 ) -> BucketLayout:
     branch = [Columns(0, 0)] * len(ranks)
-    site, segments = [], []
+    site: list[Columns] = []
+    segments: list[Segment] = []
     position = 0
     order = sorted(range(len(ranks)), key=lambda j: (branch_source[j], j))
     for index in range(sites):
@@ -86,7 +89,9 @@ def _pack(
                 segments.append(Segment(key[0], *branch[j], key[1]))
             position = branch[j].stop
         site.append(Columns(first, position))
-    return BucketLayout(position, tuple(branch), tuple(site), tuple(segments), branch_site)
+    return BucketLayout(
+        position, tuple(branch), tuple(site), tuple(segments), branch_site, branch_source
+    )
 
 
 def bucket_layout(

@@ -49,6 +49,7 @@ def dx_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX64: tl.constexpr,
+    EVEN_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -66,11 +67,13 @@ def dx_kernel(
         row = offsets(block_m * BLOCK_M, BLOCK_M, INDEX64)
         column = offsets(block_k * BLOCK_K, BLOCK_K, INDEX64)
         in_rows, in_columns = row[:, None] < m, column[None, :] < k
+        # Loads beyond the last row repeat it instead of being masked: the stores are.
+        row_in = tl.minimum(row, m - 1)
         acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
         inner = offsets(0, BLOCK_N, INDEX64)
         for site in range(tl.where(problem == 0, SITES, 0)):
             n, stride_w = pick(ns, site), pick(weight_strides, site)
-            dy_rows = pick(dys, site) + row[:, None] * pick(dy_strides, site) + inner[None, :]
+            dy_rows = pick(dys, site) + row_in[:, None] * pick(dy_strides, site) + inner[None, :]
             weight = pick(weights, site)
             if TRANSPOSED:
                 w_tiles = weight + column[None, :] * stride_w + inner[:, None]
@@ -78,20 +81,23 @@ def dx_kernel(
                 w_tiles = weight + inner[:, None] * stride_w + column[None, :]
             step = stride_w.to(tl.int64) if INDEX64 else stride_w
             for first in range(0, n, BLOCK_N):
-                in_dy = in_rows & (first + inner[None, :] < n)
-                dy_tile = tl.load(dy_rows + first, mask=in_dy, other=0.0)
-                in_w = in_columns & (first + inner[:, None] < n)
+                in_w = in_columns
+                if EVEN_N:
+                    dy_tile = tl.load(dy_rows + first)
+                else:
+                    dy_tile = tl.load(dy_rows + first, mask=first + inner[None, :] < n, other=0.0)
+                    in_w = in_columns & (first + inner[:, None] < n)
                 along = first if TRANSPOSED else first * step
                 w_tile = tl.load(w_tiles + along, mask=in_w, other=0.0)
                 acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         rank = tl.arange(0, BLOCK_R)
         for segment in range(SEGMENTS):
             width = tl.where(pick(segment_sources, segment) == source, pick(widths, segment), 0)
-            ds_rows = ds + row[:, None] * columns + pick(starts, segment) + rank[None, :]
+            ds_rows = ds + row_in[:, None] * columns + pick(starts, segment) + rank[None, :]
             a_rows = packed + pick(starts_a, segment) + rank[:, None] * k + column[None, :]
             part = tl.zeros((BLOCK_M, BLOCK_K), ACC) if DROPOUT else acc
             for first in range(0, width, BLOCK_R):
-                ds_tile = tl.load(ds_rows + first, mask=in_rows, other=0.0)
+                ds_tile = tl.load(ds_rows + first)
                 a_tile = tl.load(a_rows + first * k, mask=in_columns, other=0.0)
                 part = tl.dot(ds_tile, a_tile, part, input_precision=PRECISION, out_dtype=ACC)
             if DROPOUT:
@@ -100,7 +106,7 @@ def dx_kernel(
                     tl.load(seed), pick(branches, segment), threshold, row,
                     block_k * BLOCK_K, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
-                acc += tl.where(keep, part * (65536.0 / (65536.0 - threshold)), 0.0)
+                acc += tl.where(keep, part * (65536.0 / (65536.0 - threshold.to(ACC))), 0.0)
             else:
                 acc = part
         out = pick(outs, problem) + row[:, None] * k + column[None, :]
@@ -167,6 +173,7 @@ def dx(
         DROPOUT=table is not None and table.dropout,
         PRECISION=launch.precision,
         INDEX64=index64,
+        EVEN_N=all(dy.shape[1] % tile.k == 0 for dy in dys),
         GROUP_M=_GROUP_M,
         BLOCK_M=tile.m,
         BLOCK_K=tile.n,

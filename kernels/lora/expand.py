@@ -64,35 +64,41 @@ def expand_kernel(
         row = offsets(block_m * BLOCK_M, BLOCK_M, INDEX64)
         column = offsets(block_n * BLOCK_N, BLOCK_N, INDEX64)
         in_rows, in_columns = row[:, None] < m, column[None, :] < n
+        # Loads beyond the last row repeat it instead of being masked: the stores are, and a mask
+        # costs instructions in every step.
+        row_in, column_in = tl.minimum(row, m - 1), tl.minimum(column, n - 1)
         out = pick(outs, site) + row[:, None] * pick(out_strides, site) + column[None, :]
         if BASE:
             acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             inner = tl.arange(0, BLOCK_K)
-            x_rows = x + row[:, None] * stride_x + inner[None, :]
+            x_rows = x + row_in[:, None] * stride_x + inner[None, :]
             weight, stride_w = pick(weights, site), pick(weight_strides, site)
             if TRANSPOSED:
                 w_columns = weight + offsets(0, BLOCK_K, INDEX64)[:, None] * stride_w
                 w_columns += column[None, :]
             else:
-                w_columns = weight + column[None, :] * stride_w + inner[:, None]
+                w_columns = weight + column_in[None, :] * stride_w + inner[:, None]
             step = stride_w.to(tl.int64) if INDEX64 else stride_w
             for first in range(0, k, BLOCK_K):
-                in_x, in_w = in_rows, in_columns
-                if not EVEN_K:
-                    in_x &= first + inner[None, :] < k
-                    in_w &= first + inner[:, None] < k
-                x_tile = tl.load(x_rows + first, mask=in_x, other=0.0)
-                along = first * step if TRANSPOSED else first
-                w_tile = tl.load(w_columns + along, mask=in_w, other=0.0)
+                w_tiles = w_columns + (first * step if TRANSPOSED else first)
+                if EVEN_K:
+                    x_tile = tl.load(x_rows + first)
+                else:
+                    x_tile = tl.load(x_rows + first, mask=first + inner[None, :] < k, other=0.0)
+                if EVEN_K and not TRANSPOSED:
+                    w_tile = tl.load(w_tiles)
+                else:
+                    in_w = in_columns & (first + inner[:, None] < k)
+                    w_tile = tl.load(w_tiles, mask=in_w, other=0.0)
                 acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             acc = tl.load(out, mask=in_rows & in_columns, other=0.0).to(ACC)
         rank = tl.arange(0, BLOCK_R)
-        s_rows = s + row[:, None] * columns + pick(starts, site) + rank[None, :]
-        b_columns = packed + pick(b_starts, site) + column[None, :] * width + rank[:, None]
+        s_rows = s + row_in[:, None] * columns + pick(starts, site) + rank[None, :]
+        b_columns = packed + pick(b_starts, site) + column_in[None, :] * width + rank[:, None]
         for first in range(0, width, BLOCK_R):
-            s_tile = tl.load(s_rows + first, mask=in_rows, other=0.0)
-            b_tile = tl.load(b_columns + first, mask=in_columns, other=0.0)
+            s_tile = tl.load(s_rows + first)
+            b_tile = tl.load(b_columns + first)
             acc = tl.dot(s_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         if BIAS:
             in_bias = column < pick(bias_sizes, site)

@@ -10,17 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .aten_score import branch_score, statistics_dtype
 from .backward import Part, grads_of_a, grads_of_s_and_b
 from .buckets import BucketLayout
 from .configs import Launch, launch_for
 from .dx import dx
 from .expand import expand
+from .expand_tma import describable, expand_tma
 from .pack import Packed, pack
 from .reduce import Sum, reduce_splits
+from .score import LARGEST_RANK, score
 from .shrink import shrink
 from .tables import chunks, segments
 
-__all__ = ["group_linear", "group_linear_backward", "low_rank_add"]
+__all__ = ["group_linear", "group_linear_backward", "group_score", "low_rank_add"]
 
 
 def group_linear(
@@ -53,8 +56,11 @@ def group_linear(
     index64 = _index64(launch, [*rows, *weights, *outputs])
     packed = _pack(a, b, scales, layout, x, launch)
     s = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
-    outs = [output.view(-1, output.shape[-1]) for output in outputs] if x.numel() else []
-    expand(rows[0], s, packed, weights, biases, outs, layout, launch, index64=index64)
+    outs = [output.view(rows[0].shape[0], output.shape[-1]) for output in outputs]
+    if launch.tma and layout.columns and describable(rows[0], s, *weights, *outs):
+        expand_tma(rows[0], s, packed, weights, biases, outs, layout, launch)
+    else:
+        expand(rows[0], s, packed, weights, biases, outs, layout, launch, index64=index64)
     return outputs, s
 
 
@@ -134,11 +140,13 @@ def group_linear_backward(
         for factor in (*d_a, *d_b):
             factor.zero_()
     packed = _pack(a, b, scales, layout, s, launch)
+    # Where no dS is needed none is read, but `dx` takes the number of rows from it.
     ds, sums = s, []
     if m and layout.columns and (need_ds or any(need_b)):
-        ds, parts = grads_of_s_and_b(
+        computed, parts = grads_of_s_and_b(
             dys, s, packed, layout, launch, need_ds=need_ds, need_db=any(need_b), index64=index64
         )
+        ds = computed if need_ds else s
         sums += _sums(parts, d_b, need_b, layout, scales, dim=1)
     if m and wanted:
         table = segments(layout, packed, ks, dropout) if reads.intersection(wanted) else None
@@ -153,6 +161,100 @@ def group_linear_backward(
     d_source = [grad.view(source.shape) for grad, source in zip(d_source, sources, strict=True)]
     flat = [*d_source, *d_bias, *d_a, *d_b]
     return [grad for grad, need in zip(flat, needs, strict=True) if need]
+
+
+def group_score(
+    grads: Sequence[Tensor | None],
+    sources: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scales: Sequence[float],
+    layout: BucketLayout,
+    dropout: Sequence[float],
+    seed: Tensor | None,
+    previous_a: Sequence[Tensor],
+    previous_b: Sequence[Tensor],
+    launch: Launch | None = None,
+) -> list[Tensor]:
+    """Statistics of the gradients of A and B of every branch; as `aten_score.group_score`.
+
+    Args:
+        grads, sources, a, b, s: as `group_linear_backward`.
+        previous_a, previous_b: for each branch what to add to dA and dB; or empty.
+
+    Returns:
+        gram_a, gram_b, abs_a and abs_b of the first branch, then of the second, and so on. No
+        gradient is written, except of ranks above `score.LARGEST_RANK`.
+    """
+    launch = launch or launch_for(s)
+    rows = [_rows(source) for source in sources]
+    dys = _grad_rows(grads, (), b, layout, s)
+    if max((factor.shape[0] for factor in a), default=0) > LARGEST_RANK or not s.numel():
+        return _score_from_gradients(
+            grads, sources, a, b, s, scales, layout, dropout, seed, previous_a, previous_b, launch
+        )
+    index64 = _index64(launch, [*rows, *dys])
+    packed = _pack(a, b, scales, layout, s, launch)
+    ds, _ = grads_of_s_and_b(
+        dys, s, packed, layout, launch, need_ds=True, need_db=False, index64=index64
+    )
+    ranked = [j for j in range(len(a)) if a[j].shape[0]]
+    found = [
+        s.new_zeros(shape, dtype=statistics_dtype(s.dtype))
+        for _ in a
+        for shape in ((0, 0), (0, 0), (), ())
+    ]
+    for by_rank, factors, previous in ((True, a, previous_a), (False, b, previous_b)):
+        grams, sums = score(
+            [rows[layout.source_of[j]] if by_rank else dys[layout.site_of[j]] for j in ranked],
+            ds if by_rank else s,
+            _alike([factors[j].contiguous() for j in ranked]),
+            [previous[j].contiguous() for j in ranked] if previous else [],
+            [1.0 if by_rank else scales[j] for j in ranked],
+            ranked,
+            [dropout[j] if by_rank else 0.0 for j in ranked],
+            seed,
+            layout,
+            launch,
+            by_rank=by_rank,
+            index64=index64,
+        )
+        for j, gram, total in zip(ranked, grams, sums, strict=True):
+            found[4 * j + (0 if by_rank else 1)] = gram
+            found[4 * j + (2 if by_rank else 3)] = total
+    return found
+
+
+def _score_from_gradients(
+    grads: Sequence[Tensor | None],
+    sources: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scales: Sequence[float],
+    layout: BucketLayout,
+    dropout: Sequence[float],
+    seed: Tensor | None,
+    previous_a: Sequence[Tensor],
+    previous_b: Sequence[Tensor],
+    launch: Launch,
+) -> list[Tensor]:
+    dtype, t = statistics_dtype(s.dtype), len(a)
+    # Factors of the wider dtype, whose gradients then are not rounded.
+    needs = [False] * len(sources) + [True] * (2 * t)
+    wide_a, wide_b = ([factor.to(dtype) for factor in some] for some in (a, b))
+    found = group_linear_backward(
+        grads, sources, (), wide_a, wide_b, s, scales, layout, dropout, seed, needs, launch
+    )
+    flat = []
+    for j in range(t):
+        d_a, d_b = found[j], found[t + j]
+        if previous_a:
+            d_a, d_b = d_a + previous_a[j], d_b + previous_b[j]
+        of_branch = branch_score(a[j], b[j], d_a, d_b)
+        flat += [of_branch.gram_a, of_branch.gram_b, of_branch.abs_a, of_branch.abs_b]
+    return flat
 
 
 def _grad_rows(

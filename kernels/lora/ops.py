@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten, spec
+from . import aten
+from .branches import operands
 from .buckets import BucketLayout, bucket_layout
 from .dispatch import choose
 from .layout import Branch, GroupLayout, Site, group_layout
@@ -58,6 +59,19 @@ def group_linear(
         ValueError: shapes, dtypes or indices do not fit, a weight requires a gradient, dropout
             without a seed, or an implementation that cannot run here.
     """
+    arguments = _prepare(x, sites, branches, seed, implementation)
+    outputs, _ = torch.ops.heterolora.group_linear(*arguments)
+    return outputs
+
+
+def _prepare(
+    x: Tensor,
+    sites: Sequence[Site],
+    branches: Sequence[Branch],
+    seed: Tensor | None,
+    implementation: str,
+) -> tuple[Any, ...]:
+    """The op's arguments: checked, cast under autocast, and each distinct source once."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
@@ -65,47 +79,12 @@ def group_linear(
             Site(site.weight.to(dtype), None if site.bias is None else site.bias.to(dtype))
             for site in sites
         ]
-    chosen = choose(implementation, x, [f for branch in branches for f in (branch.a, branch.b)])
-    sources = [x]
-    branch_source, dropout = [], []
-    for j, branch in enumerate(branches):
-        source = x if branch.source is None else branch.source
-        if source.dtype != x.dtype:
-            source = source.to(x.dtype)
-        mask, p = branch.mask, branch.dropout
-        if p and (seed is None or not 0 <= p < 1 or mask is not None):
-            raise ValueError(f"branch {j}: dropout {p} needs a seed, 0 <= p < 1, and no mask")
-        if p and seed is not None and chosen == "aten":
-            rows = math.prod(source.shape[:-1])
-            mask = spec.dropout_mask(seed, j, rows, source.shape[-1], p)
-            mask, p = mask.to(x.dtype).view(source.shape), 0.0
-        if mask is not None:
-            source = source * mask
-        dropout.append(p)
-        position = next((i for i, known in enumerate(sources) if known is source), len(sources))
-        if position == len(sources):
-            sources.append(source)
-        branch_source.append(position)
-    factors_b, scales = [], []
-    for branch in branches:
-        by_tensor = isinstance(branch.scale, Tensor)
-        factors_b.append(branch.b * branch.scale if by_tensor else branch.b)
-        scales.append(1.0 if by_tensor else float(branch.scale))
-    _check(x, sites, branches, sources)
-    outputs, _ = torch.ops.heterolora.group_linear(
-        sources,
-        [site.weight for site in sites],
-        [site.bias for site in sites],
-        [branch.a for branch in branches],
-        factors_b,
-        scales,
-        [branch.site for branch in branches],
-        branch_source,
-        dropout,
-        seed if any(dropout) else None,
-        chosen,
-    )
-    return outputs
+    factors = [f for branch in branches for f in (branch.a, branch.b)]
+    chosen = choose(implementation, x, factors, sites, branches)
+    given = operands(x, branches, seed, chosen)
+    _check(x, sites, branches, given.sources)
+    weights, biases = [site.weight for site in sites], [site.bias for site in sites]
+    return (given.sources, weights, biases, *given[1:])
 
 
 def _check(
@@ -167,13 +146,23 @@ def _buckets(
 
 
 def _forward(  # type: ignore[no-untyped-def]
-    sources, weights, biases, a, b, scales, branch_site, branch_source, dropout, seed, implementation
+    sources,
+    weights,
+    biases,
+    a,
+    b,
+    scales,
+    branch_site,
+    branch_source,
+    dropout,
+    seed,
+    implementation,
 ):
     if implementation == "triton":
         from . import fused
 
-        layout = _buckets(a, branch_site, branch_source, dropout, len(weights))
-        return fused.group_linear(sources, weights, biases, a, b, scales, layout, dropout, seed)
+        buckets = _buckets(a, branch_site, branch_source, dropout, len(weights))
+        return fused.group_linear(sources, weights, biases, a, b, scales, buckets, dropout, seed)
     layout = _layout(a, branch_site, branch_source, len(weights), len(sources))
     return aten.group_linear(sources, weights, biases, a, b, scales, layout)
 
@@ -196,16 +185,28 @@ def _backward(  # type: ignore[no-untyped-def]
     if implementation == "triton":
         from . import fused
 
-        layout = _buckets(a, branch_site, branch_source, dropout, len(grads))
+        buckets = _buckets(a, branch_site, branch_source, dropout, len(grads))
         return fused.group_linear_backward(
-            grads, sources, weights, a, b, s, scales, layout, dropout, seed, needs
+            grads, sources, weights, a, b, s, scales, buckets, dropout, seed, needs
         )
     layout = _layout(a, branch_site, branch_source, len(grads), len(sources))
-    return aten.group_linear_backward(grads, sources, weights, a, b, s, scales, layout, needs)
+    # Whoever calls backward may do so under an autocast that the forward pass was not under.
+    with torch.autocast(s.device.type, enabled=False):
+        return aten.group_linear_backward(grads, sources, weights, a, b, s, scales, layout, needs)
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
-    sources, weights, biases, a, b, scales, branch_site, branch_source, dropout, seed, implementation
+    sources,
+    weights,
+    biases,
+    a,
+    b,
+    scales,
+    branch_site,
+    branch_source,
+    dropout,
+    seed,
+    implementation,
 ):
     x = sources[0]
     outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
@@ -270,38 +271,66 @@ class _GroupLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # torch's once_differentiable notices only a dY that needs a gradient, not A, B or x.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "group_linear can be differentiated once: call backward without create_graph=True, "
-                "or heterolora.unfuse(model) first"
-            )
-        q, p, t, options = ctx.meta
-        scales, branch_site, branch_source, dropout, implementation = options
-        *saved, s, seed = ctx.saved_tensors
-        sources, weights = saved[:q], saved[q : q + p]
-        a, b = saved[q + p : q + p + t], saved[q + p + t :]
+        q, p, _, _ = ctx.meta
         needed = ctx.needs_input_grad[1:]
         # The weights lie between the sources and the biases, and never get a gradient.
         needs = [*needed[:q], *needed[q + p : -1]]
-        found = torch.ops.heterolora.group_linear_backward(
-            list(grads[:p]),
-            sources,
-            weights,
-            a,
-            b,
-            s,
-            scales,
-            branch_site,
-            branch_source,
-            dropout,
-            seed,
-            implementation,
-            needs,
-        )
-        rest = iter(found)
-        flat = [next(rest) if need else None for need in needs]
+        flat = _gradients(_saved(ctx), ctx.meta, grads, needs)
         return (None, *flat[:q], *[None] * p, *flat[q:], None)
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What a forward pass kept: sources, weights, A, B, S and the seed.
+
+    To be called once in a backward pass: under checkpointing a tensor is unpacked only once.
+    """
+    # torch's once_differentiable notices only a dY that needs a gradient, not A, B or x.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "group_linear can be differentiated once: call backward without create_graph=True, "
+            "or heterolora.unfuse(model) first"
+        )
+    q, p, t, _ = ctx.meta
+    *saved, s, seed = ctx.saved_tensors
+    return saved[:q], saved[q : q + p], saved[q + p : q + p + t], saved[q + p + t :], s, seed
+
+
+def _gradients(
+    saved: tuple[Any, ...],
+    meta: tuple[Any, ...],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """One entry for each source, bias, A and B: its gradient, or None where it is not needed."""
+    sources, weights, a, b, s, seed = saved
+    _, p, _, (scales, branch_site, branch_source, dropout, implementation) = meta
+    found = torch.ops.heterolora.group_linear_backward(
+        list(grads[:p]),
+        sources,
+        weights,
+        a,
+        b,
+        s,
+        scales,
+        branch_site,
+        branch_source,
+        dropout,
+        seed,
+        implementation,
+        needs,
+    )
+    rest = iter(found)
+    return [next(rest) if need else None for need in needs]
+
+
+def _flat(  # type: ignore[no-untyped-def]
+    sources, weights, biases, a, b, *options_and_seed
+):
+    """The op's arguments as the autograd function takes them: all that is no tensor comes first."""
+    scales, branch_site, branch_source, dropout, seed, implementation = options_and_seed
+    options = (scales, branch_site, branch_source, dropout, implementation)
+    meta = (len(sources), len(weights), len(a), options)
+    return meta, *sources, *weights, *biases, *a, *b, seed
 
 
 def _autograd(sources, weights, biases, a, b, *options_and_seed):  # type: ignore[no-untyped-def]
@@ -310,10 +339,7 @@ def _autograd(sources, weights, biases, a, b, *options_and_seed):  # type: ignor
             return torch.ops.heterolora.group_linear(
                 sources, weights, biases, a, b, *options_and_seed
             )
-    scales, branch_site, branch_source, dropout, seed, implementation = options_and_seed
-    options = (scales, branch_site, branch_source, dropout, implementation)
-    meta = (len(sources), len(weights), len(a), options)
-    *outputs, s = _GroupLinear.apply(meta, *sources, *weights, *biases, *a, *b, seed)
+    *outputs, s = _GroupLinear.apply(*_flat(sources, weights, biases, a, b, *options_and_seed))
     return outputs, s
 
 

@@ -54,7 +54,8 @@ def shrink_kernel(
     row = offsets(tl.program_id(0) * BLOCK_M, BLOCK_M, INDEX64)
     rank = offsets(0, BLOCK_R, INDEX64)
     column = tl.arange(0, BLOCK_K)
-    u_rows = u + row[:, None] * pick(source_strides, source)
+    # Loads beyond the last row repeat it instead of being masked: the store is.
+    u_rows = u + tl.minimum(row, m - 1)[:, None] * pick(source_strides, source)
     a_rows = packed + pick(starts_a, chunk) + rank[None, :] * k
     ACC: tl.constexpr = tl.float64 if packed.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
@@ -62,18 +63,20 @@ def shrink_kernel(
         key, branch, threshold = tl.load(seed), pick(branches, chunk), pick(thresholds, chunk)
     per_split = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
     for first in range(split * per_split, min((split + 1) * per_split, k), BLOCK_K):
-        inside_u, inside_a = row[:, None] < m, rank[None, :] < width
-        if not EVEN_K:
-            inside_u &= first + column[None, :] < k
+        inside_a = rank[None, :] < width
+        if EVEN_K:
+            u_tile = tl.load(u_rows + first + column[None, :])
+        else:
+            inside_u = first + column[None, :] < k
+            u_tile = tl.load(u_rows + first + column[None, :], mask=inside_u, other=0.0)
             inside_a &= first + column[:, None] < k
-        u_tile = tl.load(u_rows + first + column[None, :], mask=inside_u, other=0.0)
         a_tile = tl.load(a_rows + first + column[:, None], mask=inside_a, other=0.0)
         if DROPOUT:
             keep = keep_tile(key, branch, threshold, row, first, BLOCK_M, BLOCK_K)
             u_tile = tl.where(keep, u_tile, 0.0)
         acc = tl.dot(u_tile, a_tile, acc, input_precision=PRECISION, out_dtype=ACC)
     if DROPOUT:
-        acc *= 65536.0 / (65536.0 - threshold)
+        acc *= 65536.0 / (65536.0 - threshold.to(ACC))
     start = pick(starts, chunk)
     # Padding is written as zero, not as computed: infinity times a zero of A is not a number.
     flags = tl.load(packed + valid + start + rank, mask=rank < width, other=0.0)
@@ -110,7 +113,7 @@ def shrink(
     row_blocks = triton.cdiv(m, tile.m)
     # A split of fewer than four steps costs more to add up than it saves.
     steps = min(triton.cdiv(k, tile.k) for k in ks)
-    splits = max(1, min(launch.programs // (row_blocks * len(table.start)), steps // 4))
+    splits = max(1, min(2 * launch.programs // (row_blocks * len(table.start)), steps // 4))
     parts = s
     if splits > 1:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32

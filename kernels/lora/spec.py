@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .layout import Branch, Site
 
-__all__ = ["PHILOX_ROUNDS", "GroupGradients", "dropout_mask", "group_linear", "group_linear_backward"]
+__all__ = [
+    "PHILOX_ROUNDS",
+    "BranchScore",
+    "GroupGradients",
+    "dropout_mask",
+    "group_linear",
+    "group_linear_backward",
+    "group_score",
+    "low_rank_add",
+]
 
 PHILOX_ROUNDS = 7
 _LOW32 = 0xFFFFFFFF
@@ -32,6 +41,26 @@ class GroupGradients:
     bias: list[Tensor | None]
     a: list[Tensor]
     b: list[Tensor]
+
+
+@dataclass(frozen=True)
+class BranchScore:
+    """What saliency proxies need of the gradients dA and dB of one branch, without the gradients.
+
+    The trace of a Gram matrix is the squared Frobenius norm, its eigenvalues are the squared
+    singular values. The absolute sums are SNIP's: the gradient of all-ones masks on A and B.
+
+    Attributes:
+        gram_a: [r, r], dA dA^T.
+        gram_b: [r, r], dB^T dB.
+        abs_a: scalar, sum|A * dA|.
+        abs_b: scalar, sum|B * dB|.
+    """
+
+    gram_a: Tensor
+    gram_b: Tensor
+    abs_a: Tensor
+    abs_b: Tensor
 
 
 def group_linear(
@@ -59,6 +88,25 @@ def group_linear(
                 y = y + branch.scale * ((u @ branch.a.T) @ branch.b.T)
         outputs.append(y)
     return outputs
+
+
+def low_rank_add(
+    outputs: Sequence[Tensor], x: Tensor, branches: Sequence[Branch], seed: Tensor | None = None
+) -> list[Tensor]:
+    """``y_i + sum_j s_j ((u_j * mask_j) A_j^T) B_j^T``, for base layers that ran by themselves.
+
+    Its gradients are those of :func:`group_linear_backward` without the term of the base, and dY
+    itself for the outputs.
+
+    Args:
+        outputs: y_i, [..., n_i] for each site; not changed.
+    """
+    results = list(outputs)
+    for j, branch in enumerate(branches):
+        u = _source(x, branch) * _mask(x, branch, j, seed)
+        part = branch.scale * ((u @ branch.a.T) @ branch.b.T)
+        results[branch.site] = results[branch.site] + part
+    return results
 
 
 def group_linear_backward(
@@ -94,6 +142,39 @@ def group_linear_backward(
         for dy, site in zip(grads, sites, strict=True)
     ]
     return GroupGradients(x=dx, source=d_source, bias=d_bias, a=d_a, b=d_b)
+
+
+def group_score(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    sites: Sequence[Site],
+    branches: Sequence[Branch],
+    seed: Tensor | None = None,
+    previous_a: Sequence[Tensor] = (),
+    previous_b: Sequence[Tensor] = (),
+) -> list[BranchScore]:
+    """Statistics of the gradients of A and B, summed over batches as in HeteroLoRA (2406.14956).
+
+    ``dA = previous_a + dS^T (u * mask)`` and ``dB = previous_b + s dY^T S``, where dS and S are
+    those of :func:`group_linear_backward`; see :class:`BranchScore` for what is made of them.
+
+    Args:
+        grads: dY_i of the last batch, [..., n_i] for each site.
+        previous_a: [r, k_source] for each branch, the sum of dA over earlier batches; or empty.
+        previous_b: [n, r] for each branch, the sum of dB over earlier batches; or empty.
+
+    Returns:
+        One for each branch, in the caller's order.
+    """
+    found = group_linear_backward(grads, x, sites, branches, seed)
+    scores = []
+    for j, branch in enumerate(branches):
+        d_a, d_b = found.a[j], found.b[j]
+        if previous_a:
+            d_a, d_b = d_a + previous_a[j], d_b + previous_b[j]
+        abs_a, abs_b = (branch.a * d_a).abs().sum(), (branch.b * d_b).abs().sum()
+        scores.append(BranchScore(d_a @ d_a.T, d_b.T @ d_b, abs_a, abs_b))
+    return scores
 
 
 def dropout_mask(seed: Tensor, branch: int, rows: int, columns: int, p: float) -> Tensor:

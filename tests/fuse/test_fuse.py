@@ -120,7 +120,7 @@ def test_without_lora_layers():
 
 
 def test_unknown_backend(bert):
-    with pytest.raises(FuseError, match="unknown backend 'cuda'; choose one of auto, aten"):
+    with pytest.raises(FuseError, match="unknown backend 'cuda'; choose one of auto, aten, triton"):
         heterolora.fuse(bert[0], backend="cuda")
 
 
