@@ -1,0 +1,328 @@
+"""One-line faults to plant in the kernels, one at a time; `run.py` says which rung catches each."""
+
+from typing import NamedTuple
+
+__all__ = ["FAULTS", "Fault"]
+
+
+class Fault(NamedTuple):
+    """A line to replace.
+
+    Attributes:
+        name: what goes wrong.
+        file: in kernels/lora.
+        old: occurs exactly once in the file.
+        new: what replaces it.
+        rungs: where to look first; the others follow if it survives there.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    rungs: tuple[int, ...] = (3,)
+
+
+FAULTS = [
+    Fault(
+        "pack: the next row's elements in B's padding",
+        "pack.py",
+        "inside = (row < rows) & (column < rank)",
+        "inside = row < rows",
+    ),
+    Fault(
+        "pack: B is not scaled",
+        "pack.py",
+        "(value * pick(scales, j)).to(",
+        "value.to(",
+    ),
+    Fault(
+        "pack: one column of padding counts as a rank",
+        "pack.py",
+        "(index < rank).to(",
+        "(index <= rank).to(",
+    ),
+    Fault(
+        "pack: B written at the site's width instead of its own offset",
+        "pack.py",
+        "target = packed + pick(starts_b, j) + row * pick(strides_b, j) + column",
+        "target = packed + pick(starts_b, j) + row * rank_columns + column",
+    ),
+    Fault(
+        "shrink: no mask at the end of k for A",
+        "shrink.py",
+        "inside_a &= first + column[:, None] < k",
+        "inside_a &= rank[None, :] < width",
+    ),
+    Fault(
+        "shrink: no mask at the end of k for the source",
+        "shrink.py",
+        "inside_u &= first + column[None, :] < k",
+        "inside_u &= row[:, None] < m",
+    ),
+    Fault(
+        "shrink: a missing K tail",
+        "shrink.py",
+        "min((split + 1) * per_split, k), BLOCK_K)",
+        "min((split + 1) * per_split, k // BLOCK_K * BLOCK_K), BLOCK_K)",
+    ),
+    Fault(
+        "shrink: every split writes the first part",
+        "shrink.py",
+        "target = s + (split * m + row[:, None]) * columns",
+        "target = s + row[:, None] * columns",
+    ),
+    Fault(
+        "shrink: padding written as computed",
+        "shrink.py",
+        "acc = tl.where(flags.to(tl.float32)[None, :] > 0, acc, 0.0)",
+        "acc = acc + 0.0 * flags.to(tl.float32)[None, :]",
+    ),
+    Fault(
+        "shrink: kept elements are not scaled up",
+        "shrink.py",
+        "acc *= 65536.0 / (65536.0 - threshold.to(ACC))",
+        "acc *= 1.0",
+    ),
+    Fault(
+        "dropout: columns decided in blocks of four",
+        "tiles.py",
+        "block = first // 8 + tl.arange",
+        "block = first // 4 + tl.arange",
+    ),
+    Fault(
+        "dropout: high half first",
+        "tiles.py",
+        "halves = tl.join(words & 0xFFFF, words >> 16)",
+        "halves = tl.join(words >> 16, words & 0xFFFF)",
+    ),
+    Fault(
+        "dropout: six rounds",
+        "tiles.py",
+        "n_rounds=7",
+        "n_rounds=6",
+    ),
+    Fault(
+        "offsets: int64 asked for, int32 given",
+        "tiles.py",
+        "return index.to(tl.int64) if INDEX64 else index",
+        "return index",
+    ),
+    Fault(
+        "find: a problem's first tile goes to the one before",
+        "tiles.py",
+        "problem = tl.where(tile >= passed, i, problem)",
+        "problem = tl.where(tile > passed, i, problem)",
+    ),
+    Fault(
+        "swizzle: the last strip as high as the others",
+        "tiles.py",
+        "rows = min(tiles_m - strip * GROUP_M, GROUP_M)",
+        "rows = GROUP_M",
+    ),
+    Fault(
+        "pick: the last entry of a table is never chosen",
+        "tiles.py",
+        "for i in tl.static_range(1, len(items)):",
+        "for i in tl.static_range(1, len(items) - 1):",
+    ),
+    Fault(
+        "expand: only the first block of ranks",
+        "expand.py",
+        "for first in range(0, width, BLOCK_R):",
+        "for first in range(0, min(width, BLOCK_R), BLOCK_R):",
+    ),
+    Fault(
+        "expand: rows of S at the site's width apart",
+        "expand.py",
+        "s_rows = s + row[:, None] * columns + pick(starts, site)",
+        "s_rows = s + row[:, None] * width + pick(starts, site)",
+    ),
+    Fault(
+        "expand: a bias for sites without",
+        "expand.py",
+        "in_bias = column < pick(bias_sizes, site)",
+        "in_bias = column < n",
+    ),
+    Fault(
+        "expand: what the base layer wrote is lost",
+        "expand.py",
+        "acc = tl.load(out, mask=in_rows & in_columns, other=0.0).to(ACC)",
+        "acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)",
+    ),
+    Fault(
+        "expand: no mask at the end of k for x",
+        "expand.py",
+        "in_x &= first + inner[None, :] < k",
+        "in_x &= in_rows",
+    ),
+    Fault(
+        "expand: a transposed weight read as if it were not",
+        "expand.py",
+        "TRANSPOSED=transposed and bool(weights),",
+        "TRANSPOSED=False,",
+    ),
+    Fault(
+        "expand_tma: the wrong columns of S",
+        "expand_tma.py",
+        "s_tile = s.load([row, starts[i] + first])",
+        "s_tile = s.load([row, first])",
+    ),
+    Fault(
+        "expand_tma: tiles dealt twice or never",
+        "expand_tma.py",
+        "turn = (tl.program_id(0) + programs - passed % programs) % programs",
+        "turn = (tl.program_id(0) + passed) % programs + 1",
+    ),
+    Fault(
+        "dy: reads shares of dS that were never written",
+        "backward.py",
+        "mask=in_rows & in_rank & (first > group * span)",
+        "mask=in_rows & in_rank",
+    ),
+    Fault(
+        "dy: a program forgets its earlier columns' share of dS",
+        "backward.py",
+        "dy_tile, b_tile, earlier, input_precision",
+        "dy_tile, b_tile, tl.zeros_like(earlier), input_precision",
+    ),
+    Fault(
+        "dy: every split writes dB's first part",
+        "backward.py",
+        "(split * n + column[:, None]) * width",
+        "column[:, None] * width",
+    ),
+    Fault(
+        "dy: rows of the last split lost",
+        "backward.py",
+        "for top in range(split * rows_per_split, min((split + 1) * rows_per_split, m), BLOCK_M):\n"
+        "            row",
+        "for top in range(split * rows_per_split, min((split + 1) * rows_per_split, m - 1), BLOCK_M):\n"
+        "            row",
+    ),
+    Fault(
+        "da: dropout of the wrong columns",
+        "backward.py",
+        "keep = keep_tile(key, branch, threshold, row, block * BLOCK_K, BLOCK_M, BLOCK_K)",
+        "keep = keep_tile(key, branch, threshold, row, 0, BLOCK_M, BLOCK_K)",
+    ),
+    Fault(
+        "da: kept elements are not scaled up",
+        "backward.py",
+        "acc *= 65536.0 / (65536.0 - threshold.to(ACC))",
+        "acc *= 1.0",
+    ),
+    Fault(
+        "dx: the last site is left out",
+        "dx.py",
+        "tl.where(problem == 0, SITES, 0)",
+        "tl.where(problem == 0, SITES - 1, 0)",
+    ),
+    Fault(
+        "dx: every source gets every segment's gradient",
+        "dx.py",
+        "pick(segment_sources, segment) == source",
+        "pick(segment_sources, segment) >= 0",
+    ),
+    Fault(
+        "dx: the mask of another branch",
+        "dx.py",
+        "pick(branches, segment)",
+        "pick(branches, 0)",
+    ),
+    Fault(
+        "dx: no mask at the end of n for W",
+        "dx.py",
+        "in_w = in_columns & (first + inner[:, None] < n)",
+        "in_w = in_columns & (inner[:, None] < n)",
+    ),
+    Fault(
+        "reduce: the last part is left out",
+        "reduce.py",
+        "for _ in range(pick(splits, problem)):",
+        "for _ in range(pick(splits, problem) - 1):",
+    ),
+    Fault(
+        "reduce: sums are not scaled",
+        "reduce.py",
+        "(acc * pick(scales, problem)).to(",
+        "acc.to(",
+    ),
+    Fault(
+        "score: earlier gradients are left out",
+        "score.py",
+        "acc += tl.load(pick(previous, problem) + at, mask=inside, other=0.0)",
+        "acc += 0.0",
+    ),
+    Fault(
+        "score: what lies beyond the last column counts",
+        "score.py",
+        "wide_tile = tl.load(wide, mask=in_rows & (column[None, :] < size), other=0.0)",
+        "wide_tile = tl.load(wide, mask=in_rows, other=0.0)",
+    ),
+    Fault(
+        "score: signed sums",
+        "score.py",
+        "tl.sum(tl.abs(factor * acc))",
+        "tl.sum(factor * acc)",
+    ),
+    Fault(
+        "fused: dB of the branch's padding instead of its ranks",
+        "fused.py",
+        "low, high = max(part.start, first), min(part.stop, first + rank)",
+        "low, high = max(part.start, first), min(part.stop, first + rank - 1)",
+    ),
+    Fault(
+        "fused: int32 addresses where int64 are needed",
+        "fused.py",
+        "(size + 1024) * stride >= 2**31",
+        "(size + 1024) * stride >= 2**40",
+    ),
+    Fault(
+        "tables: a block of ranks that does not divide the widths",
+        "tables.py",
+        "if all(width % size == 0 for width in widths)",
+        "if any(width % size == 0 for width in widths)",
+    ),
+    Fault(
+        "buckets: a rank of 17 in 16 columns",
+        "buckets.py",
+        "if rest <= size",
+        "if rest <= size + 1",
+    ),
+    Fault(
+        "spec: the dropout mask is not applied to du",
+        "spec.py",
+        "du = (ds @ branch.a) * mask",
+        "du = ds @ branch.a",
+        (1,),
+    ),
+    Fault(
+        "aten: dB without its scale",
+        "aten.py",
+        "torch.mul(d_b_t.to(b[j].dtype).t(), scales[j], out=d_b[j])",
+        "torch.mul(d_b_t.to(b[j].dtype).t(), 1.0, out=d_b[j])",
+        (2,),
+    ),
+    Fault(
+        "expand: float32 products rounded to tf32 whatever was asked for",
+        "expand.py",
+        "acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)",
+        "acc = tl.dot(x_tile, w_tile, acc, out_dtype=ACC)",
+        (4,),
+    ),
+    Fault(
+        "score: a compiled kernel for every rank",
+        "score.py",
+        "tuple(float(rank) for rank in ranks),",
+        "tuple(ranks),",
+        (4,),
+    ),
+    Fault(
+        "expand: a break in the loop, which only the interpreter takes",
+        "expand.py",
+        "along = first * step if TRANSPOSED else first",
+        "along = first * step if TRANSPOSED else first\n                if first > k:\n                    break",
+        (4,),
+    ),
+]
