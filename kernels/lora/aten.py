@@ -188,4 +188,5 @@ def _scaled_b_t(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     Scaled in the parameter's own precision: B is small, and rounding it twice is not. Transposed in
     memory because dY B is up to three times faster on a CPU when B's columns are contiguous.
     """
-    return (b.t() * scale).to(dtype, memory_format=torch.contiguous_format)
+    scaled = b.new_empty(b.shape[1], b.shape[0])
+    return torch.mul(b.t(), scale, out=scaled).to(dtype)
