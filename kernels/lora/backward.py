@@ -5,7 +5,6 @@ finishes both. Each program takes some columns and some rows, and writes its sha
 fp32; the shares are small, and `reduce` adds them up in fixed order.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .buckets import BUCKETS, BucketLayout
-from .configs import Launch
+from .configs import Launch, odd
 from .pack import Packed
 from .reduce import Sum, reduce_splits
 from .tables import ColumnTable
@@ -24,13 +23,13 @@ from .tiles import find, keep_tile, offsets, pick
 __all__ = ["Part", "da_kernel", "dy_kernel", "grads_of_a", "grads_of_s_and_b"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def dy_kernel(
     dys,  # per problem (a site, or 128 of its columns of S): [m, n]
     dy_strides,
     s,  # [m, columns]
     packed,  # B: [n, b_strides] from b_starts on
-    ds_parts,  # [groups, m, width] from ds_starts on
+    ds_parts,  # [blocks of n, m, width] from ds_starts on
     db_parts,  # [splits, n, width] from db_starts on
     ns,
     starts,  # columns of S
@@ -41,10 +40,8 @@ def dy_kernel(
     db_starts,
     m,
     columns,
-    span,  # columns of dY a program takes, a multiple of BLOCK_N
     NEED_DS: tl.constexpr,
     NEED_DB: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # span is BLOCK_N
     PRECISION: tl.constexpr,
     INDEX64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -52,45 +49,35 @@ def dy_kernel(
     BLOCK_R: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if s.dtype.element_ty == tl.float64 else tl.float32
-    problem, group = find(ns, tl.program_id(0), span)
+    problem, block = find(ns, tl.program_id(0), BLOCK_N)
     split = tl.program_id(1)
     n, width = pick(ns, problem), pick(widths, problem)
+    column, rank = offsets(block * BLOCK_N, BLOCK_N, INDEX64), tl.arange(0, BLOCK_R)
+    in_columns, in_rank = column < n, rank[None, :] < width
+    dy_columns, stride = pick(dys, problem) + column[None, :], pick(dy_strides, problem)
+    b_rows = packed + pick(b_starts, problem) + column[:, None] * pick(b_strides, problem)
+    b_tile = tl.load(b_rows + rank[None, :], mask=in_columns[:, None] & in_rank, other=0.0)
+    db = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     rows_per_split = tl.cdiv(tl.cdiv(m, BLOCK_M), tl.num_programs(1)) * BLOCK_M
-    rank = tl.arange(0, BLOCK_R)
-    in_rank = rank[None, :] < width
-    dy, stride = pick(dys, problem), pick(dy_strides, problem)
-    for first in range(group * span, min((group + 1) * span, n), BLOCK_N):
-        column = offsets(first, BLOCK_N, INDEX64)
-        in_columns = column < n
-        b_rows = packed + pick(b_starts, problem) + column[:, None] * pick(b_strides, problem)
-        b_tile = tl.load(b_rows + rank[None, :], mask=in_columns[:, None] & in_rank, other=0.0)
-        db = tl.zeros((BLOCK_N, BLOCK_R), ACC)
-        for top in range(split * rows_per_split, min((split + 1) * rows_per_split, m), BLOCK_M):
-            row = offsets(top, BLOCK_M, INDEX64)
-            in_rows = row[:, None] < m
-            dy_rows = dy + row[:, None] * stride + column[None, :]
-            dy_tile = tl.load(dy_rows, mask=in_rows & in_columns[None, :], other=0.0)
-            if NEED_DS:
-                ds = ds_parts + pick(ds_starts, problem) + (group * m + row[:, None]) * width
-                # This program's own share so far: nothing yet at the first columns.
-                earlier = tl.load(
-                    ds + rank[None, :], mask=in_rows & in_rank & (first > group * span), other=0.0
-                )
-                share = tl.dot(dy_tile, b_tile, earlier, input_precision=PRECISION, out_dtype=ACC)
-                tl.store(ds + rank[None, :], share, mask=in_rows & in_rank)
-            if NEED_DB:
-                s_rows = s + row[:, None] * columns + pick(starts, problem)
-                s_tile = tl.load(s_rows + rank[None, :], mask=in_rows & in_rank, other=0.0)
-                db = tl.dot(tl.trans(dy_tile), s_tile, db, input_precision=PRECISION, out_dtype=ACC)
+    for top in range(split * rows_per_split, min((split + 1) * rows_per_split, m), BLOCK_M):
+        row = offsets(top, BLOCK_M, INDEX64)
+        in_rows = row[:, None] < m
+        in_tile = in_rows & in_columns[None, :]
+        dy_tile = tl.load(dy_columns + row[:, None] * stride, mask=in_tile, other=0.0)
+        if NEED_DS:
+            share = tl.dot(dy_tile, b_tile, input_precision=PRECISION, out_dtype=ACC)
+            ds_rows = ds_parts + pick(ds_starts, problem) + (block * m + row[:, None]) * width
+            tl.store(ds_rows + rank[None, :], share, mask=in_rows & in_rank)
         if NEED_DB:
-            db_rows = db_parts + pick(db_starts, problem) + (split * n + column[:, None]) * width
-            tl.store(db_rows + rank[None, :], db, mask=in_columns[:, None] & in_rank)
-        if not ONE_BLOCK:
-            # The next columns read shares that other threads of this program may have written.
-            tl.debug_barrier()
+            s_rows = s + row[:, None] * columns + pick(starts, problem)
+            s_tile = tl.load(s_rows + rank[None, :], mask=in_rows & in_rank, other=0.0)
+            db = tl.dot(tl.trans(dy_tile), s_tile, db, input_precision=PRECISION, out_dtype=ACC)
+    if NEED_DB:
+        db_rows = db_parts + pick(db_starts, problem) + (split * n + column[:, None]) * width
+        tl.store(db_rows + rank[None, :], db, mask=in_columns[:, None] & in_rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def da_kernel(
     sources,  # per source: [m, k]
     source_strides,
@@ -101,7 +88,7 @@ def da_kernel(
     starts,
     widths,
     da_starts,
-    branches,
+    branches,  # times 16, see `tables.alike`
     thresholds,  # drop probability in units of 2^-16
     seed,
     m,
@@ -121,7 +108,7 @@ def da_kernel(
     column = offsets(block * BLOCK_K, BLOCK_K, INDEX64)
     rank = tl.arange(0, BLOCK_R)
     if DROPOUT:
-        key, branch, threshold = tl.load(seed), pick(branches, chunk), pick(thresholds, chunk)
+        key, branch, threshold = tl.load(seed), pick(branches, chunk) // 16, pick(thresholds, chunk)
     acc = tl.zeros((BLOCK_R, BLOCK_K), ACC)
     rows_per_split = tl.cdiv(tl.cdiv(m, BLOCK_M), tl.num_programs(1)) * BLOCK_M
     for top in range(split * rows_per_split, min((split + 1) * rows_per_split, m), BLOCK_M):
@@ -183,21 +170,17 @@ def grads_of_s_and_b(
     m = s.shape[0]
     widest = max(columns.width for columns in layout.site)
     block_r = next((size for size in BUCKETS if size >= widest), BUCKETS[-1])
-    tile = launch.tile("dy", block_r)
+    tile = launch.tile("dy", block_r, odd=odd(*dys))
     problems = [
         (i, start, min(columns.stop - start, block_r))
         for i, columns in enumerate(layout.site)
         for start in range(columns.start, columns.stop, block_r)
     ]
     ns = [dys[i].shape[1] for i, _, _ in problems]
-    # Shares of dS grow with the divisions of n, those of dB with the divisions of m: balance them.
-    splits = round(math.sqrt(launch.programs * 2 * m / sum(ns)))
-    splits = max(1, min(splits, launch.programs, triton.cdiv(m, tile.m)))
-    per_split = max(1, launch.programs * 2 // splits)
-    span = triton.cdiv(triton.cdiv(sum(ns), per_split), tile.n) * tile.n
-    groups = [triton.cdiv(n, span) for n in ns]
+    blocks = [triton.cdiv(n, tile.n) for n in ns]
+    splits = max(1, min(2 * launch.programs // sum(blocks), triton.cdiv(m, tile.m)))
     wide = torch.float64 if s.dtype == torch.float64 else torch.float32
-    ds_sizes = [g * m * width for g, (_, _, width) in zip(groups, problems, strict=True)]
+    ds_sizes = [c * m * width for c, (_, _, width) in zip(blocks, problems, strict=True)]
     db_sizes = [splits * n * width for n, (_, _, width) in zip(ns, problems, strict=True)]
     ds_starts = [sum(ds_sizes[:p]) for p in range(len(problems))]
     db_starts = [sum(db_sizes[:p]) for p in range(len(problems))]
@@ -205,7 +188,7 @@ def grads_of_s_and_b(
     db_parts = s.new_empty(sum(db_sizes) if need_db else 0, dtype=wide)
     launch.start(
         dy_kernel,
-        (sum(groups), splits),
+        (sum(blocks), splits),
         tuple(dys[i] for i, _, _ in problems),
         tuple(dys[i].stride(0) for i, _, _ in problems),
         s,
@@ -221,10 +204,8 @@ def grads_of_s_and_b(
         tuple(db_starts),
         m,
         layout.columns,
-        span,
         NEED_DS=need_ds,
         NEED_DB=need_db,
-        ONE_BLOCK=span == tile.n,
         PRECISION=launch.precision,
         INDEX64=index64,
         BLOCK_M=tile.m,
@@ -242,7 +223,7 @@ def grads_of_s_and_b(
                     ds_parts[ds_starts[p] :],
                     width,
                     m * width,
-                    groups[p],
+                    blocks[p],
                 )
                 for p, (_, start, width) in enumerate(problems)
             ],
@@ -276,7 +257,7 @@ def grads_of_a(
         The parts of dA.
     """
     m, columns = ds.shape
-    tile = launch.tile("da", table.block)
+    tile = launch.tile("da", table.block, odd=odd(*sources), dropout=table.dropout)
     ks = [sources[i].shape[1] for i in table.source]
     blocks = sum(triton.cdiv(k, tile.k) for k in ks)
     splits = max(1, min(launch.programs * 2 // blocks, triton.cdiv(m, tile.m)))

@@ -4,7 +4,6 @@ They mirror the code they describe: PEFT's eager LoRA layer, :mod:`.aten`, :mod:
 frozen layer alone. :mod:`.cost` turns them into times.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -256,7 +255,8 @@ def triton_steps(p: Problem) -> _Passes:
 def _dy_pass(p: Problem, layout: BucketLayout) -> tuple[list[Step], int]:
     """dS and the parts of dB from one read of each dY for every 128 columns; bytes of the latter.
 
-    The launcher's division of n and m, which balances the parts of dS and dB.
+    The parts of dS are one for each block of n, those of dB one for each division of m, as many as
+    fill the device.
     """
     m, e = p.m, p.itemsize
     problems = [
@@ -264,11 +264,11 @@ def _dy_pass(p: Problem, layout: BucketLayout) -> tuple[list[Step], int]:
         for n, columns in zip(p.sites, layout.site, strict=True)
         for start in range(columns.start, columns.stop, BUCKETS[-1])
     ]
-    total = max(1, sum(n for n, _ in problems))
-    splits = round(math.sqrt(_PROGRAMS * 2 * m / total))
-    splits = max(1, min(splits, _PROGRAMS, -(-m // _ROWS)))
-    span = max(1, -(-total // max(1, _PROGRAMS * 2 // splits) // _COLUMNS)) * _COLUMNS
-    ds_parts = sum(-(-n // span) * m * width for n, width in problems) * _PARTIAL
+    widest = max((width for _, width in problems), default=0)
+    columns_of_n = 2 * _COLUMNS if widest <= 32 else _COLUMNS
+    blocks = [-(-n // columns_of_n) for n, _ in problems]
+    splits = max(1, min(_PROGRAMS * 2 // max(1, sum(blocks)), -(-m // _ROWS)))
+    ds_parts = sum(c * m * width for c, (_, width) in zip(blocks, problems, strict=True)) * _PARTIAL
     db_parts = sum(splits * n * width for n, width in problems) * _PARTIAL
     read = sum(m * n + m * width + n * width for n, width in problems) * e
     flops = sum(4 * m * n * width for n, width in problems)
@@ -340,7 +340,7 @@ def _shrink(p: Problem, layout: BucketLayout) -> list[Step]:
     m, e = p.m, p.itemsize
     chunks = _chunks(p, layout)
     steps = min(-(-k // _STEP) for k in p.sources)
-    splits = max(1, min(_PROGRAMS // max(1, -(-m // _ROWS) * len(chunks)), steps // 4))
+    splits = max(1, min(2 * _PROGRAMS // max(1, -(-m // _ROWS) * len(chunks)), steps // 4))
     read = sum(m * k + k * width for k, width in chunks) * e
     flops = sum(2 * m * k * width for k, width in chunks)
     size = m * layout.columns

@@ -93,6 +93,8 @@ def choose(
     if implementation == "auto" and x.device.type == "cpu":
         return "aten"
     reason = triton_reason(x, factors)
+    if reason is None and 0 in {x.shape[-1], *(site.weight.shape[0] for site in sites)}:
+        reason = "a layer without inputs or outputs"
     if implementation == "triton" and reason is not None:
         raise ValueError(f"implementation='triton' cannot run here: {reason}")
     if reason is not None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Launch
+from .configs import Launch, odd
 from .expand import leading
 from .pack import Packed
 from .tables import ColumnTable
@@ -22,7 +22,7 @@ __all__ = ["dx", "dx_kernel"]
 _GROUP_M = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def dx_kernel(
     dys,  # per site: [m, n]
     weights,  # [n, k], or [k, n] if TRANSPOSED
@@ -38,7 +38,7 @@ def dx_kernel(
     starts,
     widths,
     starts_a,
-    branches,
+    branches,  # times 16, see `tables.alike`
     thresholds,  # drop probability in units of 2^-16
     seed,
     m,
@@ -103,7 +103,7 @@ def dx_kernel(
             if DROPOUT:
                 threshold = pick(thresholds, segment)
                 keep = keep_tile(
-                    tl.load(seed), pick(branches, segment), threshold, row,
+                    tl.load(seed), pick(branches, segment) // 16, threshold, row,
                     block_k * BLOCK_K, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
                 acc += tl.where(keep, part * (65536.0 / (65536.0 - threshold.to(ACC))), 0.0)
@@ -138,13 +138,18 @@ def dx(
     """
     m = ds.shape[0]
     block_r = table.block if table else 16
-    tile = launch.tile("dx", block_r)
+    base = bool(weights) and out_sources[0] == 0
+    dense, strides, transposed = leading(weights)
+    tile = launch.tile(
+        "dx",
+        block_r,
+        odd=odd(*outs, *([*dys, *dense] if base else [])),
+        dropout=table is not None and table.dropout,
+    )
     ks = tuple(out.shape[1] for out in outs)
     tiles = triton.cdiv(m, tile.m) * sum(triton.cdiv(k, tile.n) for k in ks)
     if not tiles:
         return
-    base = bool(weights) and out_sources[0] == 0
-    dense, strides, transposed = leading(weights)
     launch.start(
         dx_kernel,
         (min(tiles, launch.programs),),

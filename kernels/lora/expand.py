@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .buckets import BucketLayout
-from .configs import Launch
+from .configs import Launch, odd
 from .pack import Packed
 from .tables import common_block
 from .tiles import find, offsets, pick, swizzle
@@ -22,7 +22,7 @@ __all__ = ["expand", "expand_kernel", "leading"]
 _GROUP_M = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def expand_kernel(
     x,  # [m, k], rows stride_x apart; unused without BASE
     s,  # [m, columns]
@@ -144,12 +144,13 @@ def expand(
     m, k = x.shape
     ns = tuple(out.shape[1] for out in outs)
     block_r = common_block(columns.width for columns in layout.site)
-    tile = launch.tile("expand", block_r)
+    dense, strides, transposed = leading(weights)
+    uneven = odd(*outs, *([x, *dense] if dense else []))
+    tile = launch.tile("expand", block_r, odd=uneven)
     tiles = triton.cdiv(m, tile.m) * sum(triton.cdiv(n, tile.n) for n in ns)
     if not tiles:
         return
     given = [bias for bias in biases if bias is not None]
-    dense, strides, transposed = leading(weights)
     launch.start(
         expand_kernel,
         (min(tiles, launch.programs),),

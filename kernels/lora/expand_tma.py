@@ -23,7 +23,7 @@ __all__ = ["describable", "expand_tma", "expand_tma_kernel"]
 _GROUP_M = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def expand_tma_kernel(
     x,  # descriptor of [m, k], blocks [BLOCK_M, BLOCK_K]
     s,  # of [m, columns], blocks [BLOCK_M, BLOCK_R]

@@ -56,10 +56,11 @@ def pack_kernel(
         rank = pick(sizes_b, j) // rows
         row, column = index // rank_columns, index % rank_columns
         inside = (row < rows) & (column < rank)
-        value = tl.load(pick(factors_b, j) + row * rank + column, mask=inside, other=0.0)
-        value = value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
-        target = packed + pick(starts_b, j) + row * pick(strides_b, j) + column
-        tl.store(target, (value * pick(scales, j)).to(packed.dtype.element_ty), mask=row < rows)
+        factor = tl.load(pick(factors_b, j) + row * rank + column, mask=inside, other=0.0)
+        scaled = factor.to(tl.float64 if factor.dtype == tl.float64 else tl.float32)
+        scaled *= pick(scales, j)
+        flat = packed + pick(starts_b, j) + row * pick(strides_b, j) + column
+        tl.store(flat, scaled.to(packed.dtype.element_ty), mask=row < rows)
         flag = packed + pick(starts_valid, j) + index
         is_rank = (index < rank).to(packed.dtype.element_ty)
         tl.store(flag, is_rank, mask=index < rank_columns)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Launch
+from .tables import alike
 from .tiles import pick
 
 __all__ = ["Sum", "reduce_kernel", "reduce_splits"]
@@ -24,7 +25,7 @@ _BLOCK = 1024
 def reduce_kernel(
     outs,  # per problem: [rows, columns], rows out_strides apart
     parts,  # fp32 (fp64 for fp64 outputs), from the first part on
-    sizes,  # rows * columns
+    sizes,  # rows * columns; this and the next three times 16, see `tables.alike`
     rows,
     out_strides,
     part_strides,  # elements between a part's rows
@@ -34,21 +35,20 @@ def reduce_kernel(
     BLOCK: tl.constexpr,
 ):
     problem = tl.program_id(1)
-    size = pick(sizes, problem)
-    # Sizes are multiples of 16 where a rank is not: fewer compiled variants.
-    columns = size // pick(rows, problem)
+    size = pick(sizes, problem) // 16
+    columns = pick(sizes, problem) // pick(rows, problem)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     row, column = index // columns, index % columns
     part = pick(parts, problem)
     source = part + row * pick(part_strides, problem) + column
     acc = tl.zeros((BLOCK,), part.dtype.element_ty)
-    for _ in range(pick(splits, problem)):
+    for _ in range(pick(splits, problem) // 16):
         acc += tl.load(source, mask=inside, other=0.0)
         source += pick(split_strides, problem)
     out = pick(outs, problem)
     value = (acc * pick(scales, problem)).to(out.dtype.element_ty)
-    tl.store(out + row * pick(out_strides, problem) + column, value, mask=inside)
+    tl.store(out + row * (pick(out_strides, problem) // 16) + column, value, mask=inside)
 
 
 class Sum(NamedTuple):
@@ -77,23 +77,18 @@ def reduce_splits(sums: Sequence[Sum], launch: Launch) -> None:
         some = [item for item in sums if item.out.dtype == dtype and item.out.numel()]
         if not some:
             continue
-        # A contiguous output is one long row, if its parts are too.
-        rows = [
-            1 if item.part_stride == item.out.shape[1] == item.out.stride(0) else item.out.shape[0]
-            for item in some
-        ]
         largest = max(item.out.numel() for item in some)
         launch.start(
             reduce_kernel,
             (triton.cdiv(largest, _BLOCK), len(some)),
             tuple(item.out for item in some),
             tuple(item.parts for item in some),
-            tuple(item.out.numel() for item in some),
-            tuple(rows),
-            tuple(item.out.stride(0) for item in some),
+            alike(item.out.numel() for item in some),
+            alike(item.out.shape[0] for item in some),
+            alike(item.out.stride(0) for item in some),
             tuple(item.part_stride for item in some),
             tuple(item.split_stride for item in some),
-            tuple(item.splits for item in some),
+            alike(item.splits for item in some),
             tuple(item.scale for item in some),
             BLOCK=_BLOCK,
             num_warps=4,

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .buckets import BUCKETS, BucketLayout
-from .configs import Launch
+from .configs import Launch, odd
 from .reduce import Sum, reduce_splits
+from .tables import alike
 from .tiles import find, keep_tile, offsets, pick
 
 __all__ = ["LARGEST_RANK", "score", "score_kernel"]
@@ -22,18 +23,19 @@ __all__ = ["LARGEST_RANK", "score", "score_kernel"]
 LARGEST_RANK = BUCKETS[-1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def score_kernel(
     lefts,  # per problem (a branch): the wide matrix, [m, size]: dY for dB, the source for dA
     left_strides,
     sizes,
     low,  # the narrow matrix, [m, columns]: S for dB, dS for dA
     starts,  # the branch's columns of it
-    ranks,
+    widths,  # the rank, padded; the columns beyond the rank are zero
+    ranks,  # times 16, see `tables.alike`
     factors,  # B [size, rank], or A [rank, size]
     previous,  # sums of earlier gradients, like the factors; unused without PREVIOUS
     scales,
-    branches,
+    branches,  # times 16
     thresholds,  # drop probability in units of 2^-16, for dA
     seed,
     parts,  # per block of columns: the Gram matrix [BLOCK_R, BLOCK_R], the sum, 15 unused
@@ -48,16 +50,21 @@ def score_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    ACC: tl.constexpr = tl.float64 if low.dtype.element_ty == tl.float64 else tl.float32
+    WIDE: tl.constexpr = low.dtype.element_ty == tl.float64
+    ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
     problem, block = find(sizes, tl.program_id(0), BLOCK_N)
-    # Ranks come as floats, because the compiler specialises integers.
-    rank, size = pick(ranks, problem).to(tl.int32), pick(sizes, problem)
+    rank, size = pick(ranks, problem) // 16, pick(sizes, problem)
+    width = pick(widths, problem)
     left, stride = pick(lefts, problem), pick(left_strides, problem)
     column = offsets(block * BLOCK_N, BLOCK_N, INDEX64)
     lane = tl.arange(0, BLOCK_R)
     inside = (lane[:, None] < rank) & (column[None, :] < size)
     if DROPOUT:
-        key, branch, threshold = tl.load(seed), pick(branches, problem), pick(thresholds, problem)
+        key, branch, threshold = (
+            tl.load(seed),
+            pick(branches, problem) // 16,
+            pick(thresholds, problem),
+        )
     acc = tl.zeros((BLOCK_R, BLOCK_N), ACC)
     for top in range(0, m, BLOCK_M):
         row = offsets(top, BLOCK_M, INDEX64)
@@ -65,7 +72,7 @@ def score_kernel(
         wide = left + row[:, None] * stride + column[None, :]
         wide_tile = tl.load(wide, mask=in_rows & (column[None, :] < size), other=0.0)
         narrow = low + row[:, None] * columns + pick(starts, problem) + lane[None, :]
-        narrow_tile = tl.load(narrow, mask=in_rows & (lane[None, :] < rank), other=0.0)
+        narrow_tile = tl.load(narrow, mask=in_rows & (lane[None, :] < width), other=0.0)
         if DROPOUT:
             keep = keep_tile(key, branch, threshold, row, block * BLOCK_N, BLOCK_M, BLOCK_N)
             wide_tile = tl.where(keep, wide_tile, 0.0)
@@ -84,7 +91,9 @@ def score_kernel(
     acc = tl.where(inside, acc, 0.0)
     factor = tl.load(pick(factors, problem) + at, mask=inside, other=0.0).to(ACC)
     part = parts + tl.program_id(0).to(tl.int64) * (BLOCK_R * BLOCK_R + 16)
-    gram = tl.dot(acc, tl.trans(acc), input_precision="ieee", out_dtype=ACC)
+    # Three products of TF32 are as exact as one of float32, which no tensor core has.
+    EXACT: tl.constexpr = "ieee" if WIDE else "tf32x3"
+    gram = tl.dot(acc, tl.trans(acc), input_precision=EXACT, out_dtype=ACC)
     tl.store(part + lane[:, None] * BLOCK_R + lane[None, :], gram)
     tl.store(part + BLOCK_R * BLOCK_R, tl.sum(tl.abs(factor * acc)))
 
@@ -119,7 +128,7 @@ def score(
     m = low.shape[0]
     ranks = [factor.shape[0 if by_rank else 1] for factor in factors]
     block_r = next(size for size in BUCKETS if size >= max(ranks))
-    tile = launch.tile("score", block_r)
+    tile = launch.tile("score", block_r, odd=odd(*lefts), dropout=any(dropout))
     sizes = [left.shape[1] for left in lefts]
     blocks = [triton.cdiv(size, tile.n) for size in sizes]
     wide = torch.float64 if low.dtype == torch.float64 else torch.float32
@@ -133,11 +142,12 @@ def score(
         tuple(sizes),
         low,
         tuple(layout.branch[j].start for j in branches),
-        tuple(float(rank) for rank in ranks),
+        tuple(layout.branch[j].width for j in branches),
+        alike(ranks),
         tuple(factors),
         tuple(previous) or tuple(factors),
         tuple(float(scale) for scale in scales),
-        tuple(branches),
+        alike(branches),
         tuple(float(round(p * 65536)) for p in dropout),
         seed,
         parts,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .buckets import BucketLayout
-from .configs import Launch
+from .configs import Launch, odd
 from .pack import Packed
 from .reduce import Sum, reduce_splits
 from .tables import chunks
@@ -21,7 +21,7 @@ from .tiles import keep_tile, offsets, pick
 __all__ = ["shrink", "shrink_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def shrink_kernel(
     sources,  # per source: [m, k], rows source_strides apart
     source_strides,
@@ -32,13 +32,12 @@ def shrink_kernel(
     starts,
     widths,
     starts_a,
-    branches,
+    branches,  # times 16, see `tables.alike`
     thresholds,  # drop probability in units of 2^-16
     seed,
     valid,
     m,
     columns,
-    SPLITS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX64: tl.constexpr,
@@ -60,8 +59,8 @@ def shrink_kernel(
     ACC: tl.constexpr = tl.float64 if packed.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
     if DROPOUT:
-        key, branch, threshold = tl.load(seed), pick(branches, chunk), pick(thresholds, chunk)
-    per_split = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
+        key, branch, threshold = tl.load(seed), pick(branches, chunk) // 16, pick(thresholds, chunk)
+    per_split = tl.cdiv(tl.cdiv(k, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     for first in range(split * per_split, min((split + 1) * per_split, k), BLOCK_K):
         inside_a = rank[None, :] < width
         if EVEN_K:
@@ -109,7 +108,7 @@ def shrink(
     if not layout.columns or not m:
         return s
     table = chunks(layout, packed, ks, dropout)
-    tile = launch.tile("shrink", table.block)
+    tile = launch.tile("shrink", table.block, odd=odd(*sources), dropout=table.dropout)
     row_blocks = triton.cdiv(m, tile.m)
     # A split of fewer than four steps costs more to add up than it saves.
     steps = min(triton.cdiv(k, tile.k) for k in ks)
@@ -136,7 +135,6 @@ def shrink(
         packed.valid,
         m,
         layout.columns,
-        SPLITS=splits,
         DROPOUT=table.dropout,
         PRECISION=launch.precision,
         INDEX64=index64,

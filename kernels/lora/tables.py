@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .buckets import BUCKETS, BucketLayout
 from .pack import Packed
 
-__all__ = ["ColumnTable", "chunks", "common_block", "segments"]
+__all__ = ["ColumnTable", "alike", "chunks", "common_block", "segments"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ColumnTable:
         source: index of the source of each run.
         start, width: its columns.
         a: element of the packed buffer where its rows of A begin.
-        branch: its branch if the source is dropped out, else 0.
+        branch: its branch, times 16 (:func:`alike`), if the source is dropped out, else 0.
         threshold: drop probability in units of 2^-16. A float, because the compiler specialises
             integers.
         dropout: whether any threshold is above 0.
@@ -32,6 +32,15 @@ class ColumnTable:
     branch: tuple[int, ...]
     threshold: tuple[float, ...]
     dropout: bool
+
+
+def alike(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Times 16, to be divided in the kernel: for entries such as ranks.
+
+    The compiler makes a kernel of its own for every mixture of ones, multiples of 16 and others
+    among a table's integers; all of these are multiples of 16 and none is 1.
+    """
+    return tuple(16 * number for number in numbers)
 
 
 def common_block(widths: Iterable[int]) -> int:
@@ -85,7 +94,7 @@ def _table(
             packed.a[branch_at[segment.start]] + (start - segment.start) * ks[segment.source]
             for segment, start, _ in runs
         ),
-        branch=tuple(max(segment.branch, 0) for segment, _, _ in runs),
+        branch=alike(max(segment.branch, 0) for segment, _, _ in runs),
         threshold=threshold,
         dropout=any(threshold),
     )

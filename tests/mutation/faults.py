@@ -33,8 +33,8 @@ FAULTS = [
     Fault(
         "pack: B is not scaled",
         "pack.py",
-        "(value * pick(scales, j)).to(",
-        "value.to(",
+        "scaled *= pick(scales, j)",
+        "scaled *= 1.0",
     ),
     Fault(
         "pack: one column of padding counts as a rank",
@@ -45,8 +45,8 @@ FAULTS = [
     Fault(
         "pack: B written at the site's width instead of its own offset",
         "pack.py",
-        "target = packed + pick(starts_b, j) + row * pick(strides_b, j) + column",
-        "target = packed + pick(starts_b, j) + row * rank_columns + column",
+        "flat = packed + pick(starts_b, j) + row * pick(strides_b, j) + column",
+        "flat = packed + pick(starts_b, j) + row * rank_columns + column",
     ),
     Fault(
         "shrink: no mask at the end of k for A",
@@ -57,8 +57,8 @@ FAULTS = [
     Fault(
         "shrink: no mask at the end of k for the source",
         "shrink.py",
-        "inside_u &= first + column[None, :] < k",
-        "inside_u &= row[:, None] < m",
+        "inside_u = first + column[None, :] < k",
+        "inside_u = row[:, None] < m",
     ),
     Fault(
         "shrink: a missing K tail",
@@ -135,8 +135,8 @@ FAULTS = [
     Fault(
         "expand: rows of S at the site's width apart",
         "expand.py",
-        "s_rows = s + row[:, None] * columns + pick(starts, site)",
-        "s_rows = s + row[:, None] * width + pick(starts, site)",
+        "s_rows = s + row_in[:, None] * columns + pick(starts, site)",
+        "s_rows = s + row_in[:, None] * width + pick(starts, site)",
     ),
     Fault(
         "expand: a bias for sites without",
@@ -153,8 +153,8 @@ FAULTS = [
     Fault(
         "expand: no mask at the end of k for x",
         "expand.py",
-        "in_x &= first + inner[None, :] < k",
-        "in_x &= in_rows",
+        "mask=first + inner[None, :] < k, other=0.0)",
+        "mask=in_rows, other=0.0)",
     ),
     Fault(
         "expand: a transposed weight read as if it were not",
@@ -175,30 +175,22 @@ FAULTS = [
         "turn = (tl.program_id(0) + passed) % programs + 1",
     ),
     Fault(
-        "dy: reads shares of dS that were never written",
-        "backward.py",
-        "mask=in_rows & in_rank & (first > group * span)",
-        "mask=in_rows & in_rank",
-    ),
-    Fault(
-        "dy: a program forgets its earlier columns' share of dS",
-        "backward.py",
-        "dy_tile, b_tile, earlier, input_precision",
-        "dy_tile, b_tile, tl.zeros_like(earlier), input_precision",
-    ),
-    Fault(
         "dy: every split writes dB's first part",
         "backward.py",
         "(split * n + column[:, None]) * width",
         "column[:, None] * width",
     ),
     Fault(
-        "dy: rows of the last split lost",
+        "dy: dS of another block of columns",
         "backward.py",
-        "for top in range(split * rows_per_split, min((split + 1) * rows_per_split, m), BLOCK_M):\n"
-        "            row",
-        "for top in range(split * rows_per_split, min((split + 1) * rows_per_split, m - 1), BLOCK_M):\n"
-        "            row",
+        "(block * m + row[:, None]) * width",
+        "row[:, None] * width",
+    ),
+    Fault(
+        "dy: no mask on the last columns of dY",
+        "backward.py",
+        "in_tile = in_rows & in_columns[None, :]",
+        "in_tile = in_rows & (column[None, :] >= 0)",
     ),
     Fault(
         "da: dropout of the wrong columns",
@@ -239,8 +231,8 @@ FAULTS = [
     Fault(
         "reduce: the last part is left out",
         "reduce.py",
-        "for _ in range(pick(splits, problem)):",
-        "for _ in range(pick(splits, problem) - 1):",
+        "for _ in range(pick(splits, problem) // 16):",
+        "for _ in range(pick(splits, problem) // 16 - 1):",
     ),
     Fault(
         "reduce: sums are not scaled",
@@ -312,17 +304,19 @@ FAULTS = [
         (4,),
     ),
     Fault(
-        "score: a compiled kernel for every rank",
-        "score.py",
-        "tuple(float(rank) for rank in ranks),",
-        "tuple(ranks),",
+        "tables: a compiled kernel for every mixture of ranks",
+        "tables.py",
+        "return tuple(16 * number for number in numbers)",
+        "return tuple(16 * number + number % 2 for number in numbers)",
         (4,),
     ),
     Fault(
         "expand: a break in the loop, which only the interpreter takes",
         "expand.py",
-        "along = first * step if TRANSPOSED else first",
-        "along = first * step if TRANSPOSED else first\n                if first > k:\n                    break",
+        "w_tiles = w_columns + (first * step if TRANSPOSED else first)",
+        "w_tiles = w_columns + (first * step if TRANSPOSED else first)\n"
+        "                if first > k:\n"
+        "                    break",
         (4,),
     ),
 ]
