@@ -1,0 +1,161 @@
+"""What holds bit for bit: repeats, wide addresses, rows apart, pruned gradients, launch counts."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from heterolora.kernels import fused, group_linear
+from heterolora.kernels.configs import launch_for
+from heterolora.verify.checks import check_repeats, converted
+from heterolora.verify.groups import GROUPS, SEEDED, Draw, dropout_seed, leaves
+from heterolora.verify.operations import outputs_and_gradients
+from heterolora.verify.shapes import LARGE
+
+ALL = {**GROUPS, **SEEDED, **LARGE}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["seeded_shortcut", "split_k", "shortcuts", "many_rows"])
+def test_repeats(name, dtype):
+    assert check_repeats(ALL[name], dtype, "triton") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(n, marks=pytest.mark.quick) for n in ("two_sources", "transposed_weight")),
+        "shortcuts",
+        "split_k",
+        "dropout_large",
+    ],
+)
+def test_wide_addresses_change_nothing(name, monkeypatch):
+    """The kernels with int64 offsets forced on; what they are chosen by is only the size."""
+    group = ALL[name](Draw(torch.float32))
+    narrow, grads = outputs_and_gradients(group, "triton")
+    asked = []
+
+    def wide(x):
+        asked.append(x)
+        return dataclasses.replace(launch_for(x), index64=True)
+
+    monkeypatch.setattr(fused, "launch_for", wide)
+    values, _ = outputs_and_gradients(group, "triton", grads)
+    assert len(asked) >= 2
+    assert all(torch.equal(a, b) for a, b in zip(narrow, values, strict=True))
+
+
+@pytest.mark.quick
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["mixed_siblings", "seeded_shortcut", "split_k"])
+def test_a_bad_row_stays_in_its_row(name, poison):
+    """Of x and every source in the forward pass, of every dY in the backward pass."""
+    clean = ALL[name](Draw(torch.float32))
+    dirty = converted(clean, torch.float32)
+    sources = {t for t in (dirty[0], *(b.source for b in dirty[2])) if t is not None}
+    with torch.no_grad():
+        for source in sources:
+            source.view(-1, source.shape[-1])[1] = poison
+        expected = group_linear(*clean, seed=dropout_seed(), implementation="triton")
+        found = group_linear(*dirty, seed=dropout_seed(), implementation="triton")
+    for good, bad in zip(expected, found, strict=True):
+        _same_but_row_one(good, bad)
+
+    values, grads = outputs_and_gradients(clean, "triton")
+    for grad in grads:
+        grad.view(-1, grad.shape[-1])[1] = poison
+    again, _ = outputs_and_gradients(clean, "triton", grads)
+    tensors = leaves(clean)
+    for tensor, good, bad in zip(tensors, values[len(grads) :], again[len(grads) :], strict=True):
+        if any(tensor is source for source in (clean[0], *(b.source for b in clean[2]))):
+            _same_but_row_one(good, bad)
+
+
+def _same_but_row_one(good, bad):
+    good, bad = good.reshape(-1, good.shape[-1]), bad.reshape(-1, bad.shape[-1])
+    others = [row for row in range(len(good)) if row != 1]
+    assert torch.equal(good[others], bad[others])
+    assert not bad[1].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("only_shortcut", marks=pytest.mark.quick), "two_sources", "seeded_dropout"],
+)
+def test_pruned_gradients_are_the_same(name):
+    """Any one gradient alone, or all but one, is bit for bit what it is among all."""
+    group = ALL[name](Draw(torch.float32))
+    tensors = leaves(group)
+    values, grads = outputs_and_gradients(group, "triton")
+    full = dict(zip(tensors, values[len(grads) :], strict=True))
+    every = range(len(tensors))
+    for wanted in [*([i] for i in every), *([i for i in every if i != j] for j in every)]:
+        for i, tensor in enumerate(tensors):
+            tensor.requires_grad_(i in wanted)
+        chosen = [tensors[i] for i in wanted]
+        outputs = group_linear(*group, seed=dropout_seed(), implementation="triton")
+        found = torch.autograd.grad(outputs, chosen, grads)
+        for tensor, grad in zip(chosen, found, strict=True):
+            assert torch.equal(grad, full[tensor])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["mixed_siblings", "two_sources"])
+def test_an_output_that_nothing_depends_on(name):
+    """As if its dY were zero."""
+    group = ALL[name](Draw(torch.float32))
+    _, grads = outputs_and_gradients(group, "triton")
+    for unused in range(len(grads)):
+        zeroed = [g * (i != unused) for i, g in enumerate(grads)]
+        expected, _ = outputs_and_gradients(group, "triton", zeroed)
+        outputs = group_linear(*group, seed=dropout_seed(), implementation="triton")
+        used = [i for i in range(len(grads)) if i != unused]
+        found = torch.autograd.grad(
+            [outputs[i] for i in used],
+            leaves(group),
+            [grads[i] for i in used],
+            materialize_grads=True,
+        )
+        for value, good in zip(found, expected[len(grads) :], strict=True):
+            assert torch.equal(value, good)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "three dimensions"])
+def test_gradients_of_any_stride(layout):
+    group = ALL["two_sources"](Draw(torch.float32))
+    _, grads = outputs_and_gradients(group, "triton")
+    strided = {
+        "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+        "expanded": lambda g: g[:1, :, :1].expand(g.shape),
+        "three dimensions": lambda g: torch.stack([g, g], -1)[..., 0],
+    }[layout]
+    grads = [strided(grad) for grad in grads]
+    expected, _ = outputs_and_gradients(group, "triton", [g.contiguous() for g in grads])
+    found, _ = outputs_and_gradients(group, "triton", grads)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.quick
+def test_the_seed_alone_decides_the_masks():
+    group = SEEDED["seeded_dropout"](Draw(torch.float32))
+    run = [
+        group_linear(*group, seed=torch.tensor(seed), implementation="triton")
+        for seed in (5, 5, 5 + 2**32, 6)
+    ]
+    for (i, one), (j, other) in itertools.combinations(enumerate(run), 2):
+        assert torch.equal(one[0], other[0]) == ((i, j) == (0, 1))
+
+
+@pytest.mark.quick
+def test_launches_do_not_grow_with_branches(launches):
+    """One launch for each step of a group, whatever its ranks; and every kernel runs somewhere."""
+    outputs_and_gradients(GROUPS["single"](Draw(torch.float32)), "triton")
+    one = dict(launches)
+    launches.clear()
+    outputs_and_gradients(LARGE["ranks_1_to_4"](Draw(torch.float32)), "triton")
+    assert set(one) <= set(launches)
+    assert {n: c for n, c in launches.items() if n in one and c > one[n]} == {}
+    assert {"pack_kernel", "shrink_kernel", "expand_kernel"} <= set(one)
