@@ -189,7 +189,8 @@ def _forward(  # type: ignore[no-untyped-def]
         from . import fused
 
         buckets = _buckets(outputs, a, branch_site, branch_source, dropout)
-        return fused.low_rank_add(outputs, sources, a, b, scales, buckets, dropout, seed)
+        with fused.on_device(sources[0]):
+            return fused.low_rank_add(outputs, sources, a, b, scales, buckets, dropout, seed)
     ranks = [factor.shape[0] for factor in a]
     layout = group_layout(
         ranks, branch_site, branch_source, sites=len(outputs), sources=len(sources)

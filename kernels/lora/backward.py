@@ -57,6 +57,7 @@ def dy_kernel(
     dy_columns, stride = pick(dys, problem) + column[None, :], pick(dy_strides, problem)
     b_rows = packed + pick(b_starts, problem) + column[:, None] * pick(b_strides, problem)
     b_tile = tl.load(b_rows + rank[None, :], mask=in_columns[:, None] & in_rank, other=0.0)
+    ds_share = ds_parts + pick(ds_starts, problem)
     db = tl.zeros((BLOCK_N, BLOCK_R), ACC)
     rows_per_split = tl.cdiv(tl.cdiv(m, BLOCK_M), tl.num_programs(1)) * BLOCK_M
     for top in range(split * rows_per_split, min((split + 1) * rows_per_split, m), BLOCK_M):
@@ -66,7 +67,7 @@ def dy_kernel(
         dy_tile = tl.load(dy_columns + row[:, None] * stride, mask=in_tile, other=0.0)
         if NEED_DS:
             share = tl.dot(dy_tile, b_tile, input_precision=PRECISION, out_dtype=ACC)
-            ds_rows = ds_parts + pick(ds_starts, problem) + (block * m + row[:, None]) * width
+            ds_rows = ds_share + (block.to(tl.int64) * m + row[:, None]) * width
             tl.store(ds_rows + rank[None, :], share, mask=in_rows & in_rank)
         if NEED_DB:
             s_rows = s + row[:, None] * columns + pick(starts, problem)

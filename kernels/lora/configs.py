@@ -29,8 +29,20 @@ class Tile:
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run a kernel on the current stream."""
-    kernel[grid](*args, **options)
+    """Run a kernel on the current stream.
+
+    Raises:
+        RuntimeError: the stream is being captured and the kernel would first have to be compiled.
+    """
+    try:
+        kernel[grid](*args, **options)
+    except Exception as error:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{kernel.__name__} could not be launched inside a graph capture; run the step "
+                "once before capturing it, so that its kernels are compiled"
+            ) from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ _LARGE = {  # 163 KiB of shared memory for a block
     "dx": Tile(128, 128, 64, stages=4),
     "dx dropout": Tile(128, 64, 64, stages=4),
     "dx odd": Tile(64, 64, 32, warps=4, stages=2),
-    "dy": Tile(64, 128, 64, stages=3),
+    "dy": Tile(64, 256, 64, stages=3),
     "dy 128": Tile(64, 64, 64, stages=3),
     "dy odd": Tile(32, 64, 64, stages=2),
     "da": Tile(64, 64, 128, stages=4),
@@ -130,6 +142,7 @@ _SMALL = {  # 99 KiB
     "shrink": Tile(64, 64, 128, stages=3),
     "shrink 128": Tile(64, 64, 64, stages=4),
     "expand_tma": Tile(128, 128, 64, stages=3),
+    "dy 64": Tile(64, 128, 64, stages=3),
     "score 64": Tile(64, 32, 64, stages=3),
 }
 _AMD = {  # 64 KiB
@@ -141,7 +154,7 @@ _AMD = {  # 64 KiB
 # cores each thread holds both operands of a product in registers.
 _WIDE = {
     **dict.fromkeys(KERNELS, Tile(64, 64, 32, warps=4, stages=2)),
-    "shrink": Tile(64, 64, 32, stages=2),
+    "shrink": Tile(32, 64, 32, warps=4, stages=2),
     "dy": Tile(32, 64, 32, stages=2),
     "dy 64": Tile(32, 16, 32, stages=2),
     "dy 128": Tile(32, 16, 32, stages=2),

@@ -6,6 +6,8 @@ every dY, a reduce of dS, dX, the pass over the sources, a reduce of dA and dB.
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from .score import LARGEST_RANK, score
 from .shrink import shrink
 from .tables import chunks, segments
 
-__all__ = ["group_linear", "group_linear_backward", "group_score", "low_rank_add"]
+__all__ = ["group_linear", "group_linear_backward", "group_score", "low_rank_add", "on_device"]
 
 
 def group_linear(
@@ -53,10 +55,10 @@ def group_linear(
     launch = launch or launch_for(x)
     rows = [_rows(source) for source in sources]
     outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    index64 = _index64(launch, [*rows, *weights, *outputs])
+    outs = [output.view(rows[0].shape[0], output.shape[-1]) for output in outputs]
+    index64 = _index64(launch, layout, [*rows, *weights, *outs])
     packed = _pack(a, b, scales, layout, x, launch)
     s = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
-    outs = [output.view(rows[0].shape[0], output.shape[-1]) for output in outputs]
     if launch.tma and layout.columns and describable(rows[0], s, *weights, *outs):
         expand_tma(rows[0], s, packed, weights, biases, outs, layout, launch)
     else:
@@ -88,7 +90,7 @@ def low_rank_add(
     launch = launch or launch_for(x)
     rows = [_rows(source) for source in sources]
     outs = [output.view(rows[0].shape[0], output.shape[-1]) for output in outputs]
-    index64 = _index64(launch, [*rows, *outs])
+    index64 = _index64(launch, layout, [*rows, *outs])
     packed = _pack(a, b, scales, layout, x, launch)
     s = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
     if layout.columns:
@@ -129,16 +131,17 @@ def group_linear_backward(
     m, ks = rows[0].shape[0], [r.shape[1] for r in rows]
     dys = _grad_rows(grads, weights, b, layout, s)
     d_source, d_a, d_b = (
-        [torch.empty_like(f, memory_format=torch.contiguous_format) for f in some]
-        for some in (rows, a, b)
+        [_room(t) if need else t for t, need in zip(some, flags, strict=True)]
+        for some, flags in ((rows, need_source), (a, need_a), (b, need_b))
     )
-    index64 = _index64(launch, [*rows, *dys, *weights])
+    index64 = _index64(launch, layout, [*rows, *d_source, *dys, *weights])
     wanted = [i for i in range(q) if need_source[i]]
     reads = {segment.source for segment in layout.segments}
     need_ds = any(need_a) or bool(reads.intersection(wanted))
     if not m or not layout.columns:
-        for factor in (*d_a, *d_b):
-            factor.zero_()
+        for factor, need in zip((*d_a, *d_b), needs[q + p :], strict=True):
+            if need:
+                factor.zero_()
     packed = _pack(a, b, scales, layout, s, launch)
     # Where no dS is needed none is read, but `dx` takes the number of rows from it.
     ds, sums = s, []
@@ -158,7 +161,7 @@ def group_linear_backward(
         sums += _sums(parts, d_a, need_a, layout, [1.0] * t, dim=0)
     reduce_splits(sums, launch)
     d_bias = [dy.sum(0) if need else dy for dy, need in zip(dys, need_bias, strict=False)]
-    d_source = [grad.view(source.shape) for grad, source in zip(d_source, sources, strict=True)]
+    d_source = [grad.reshape(source.shape) for grad, source in zip(d_source, sources, strict=True)]
     flat = [*d_source, *d_bias, *d_a, *d_b]
     return [grad for grad, need in zip(flat, needs, strict=True) if need]
 
@@ -194,7 +197,7 @@ def group_score(
         return _score_from_gradients(
             grads, sources, a, b, s, scales, layout, dropout, seed, previous_a, previous_b, launch
         )
-    index64 = _index64(launch, [*rows, *dys])
+    index64 = _index64(launch, layout, [*rows, *dys])
     packed = _pack(a, b, scales, layout, s, launch)
     ds, _ = grads_of_s_and_b(
         dys, s, packed, layout, launch, need_ds=True, need_db=False, index64=index64
@@ -299,6 +302,11 @@ def _sums(
     return found
 
 
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes the device of x the current one, on which Triton launches, whatever it was."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def _pack(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -322,13 +330,17 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
-def _index64(launch: Launch, tensors: Sequence[Tensor]) -> bool:
-    """Whether an offset into any of these [m, n] tensors can pass 2^31."""
+def _room(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _index64(launch: Launch, layout: BucketLayout, matrices: Sequence[Tensor]) -> bool:
+    """Whether an offset into S or any of these matrices can pass 2^31; their first has m rows."""
     if launch.index64 is not None:
         return launch.index64
     # Tiles overhang the edge by less than 2^10 rows, whose masked addresses are computed too.
-    return any(
+    return (matrices[0].shape[0] + 1024) * layout.columns >= 2**31 or any(
         (size + 1024) * stride >= 2**31
-        for t in tensors
-        for size, stride in zip(t.shape, t.stride(), strict=True)
+        for matrix in matrices
+        for size, stride in zip(matrix.shape, matrix.stride(), strict=True)
     )

@@ -162,7 +162,10 @@ def _forward(  # type: ignore[no-untyped-def]
         from . import fused
 
         buckets = _buckets(a, branch_site, branch_source, dropout, len(weights))
-        return fused.group_linear(sources, weights, biases, a, b, scales, buckets, dropout, seed)
+        with fused.on_device(sources[0]):
+            return fused.group_linear(
+                sources, weights, biases, a, b, scales, buckets, dropout, seed
+            )
     layout = _layout(a, branch_site, branch_source, len(weights), len(sources))
     return aten.group_linear(sources, weights, biases, a, b, scales, layout)
 
@@ -186,9 +189,10 @@ def _backward(  # type: ignore[no-untyped-def]
         from . import fused
 
         buckets = _buckets(a, branch_site, branch_source, dropout, len(grads))
-        return fused.group_linear_backward(
-            grads, sources, weights, a, b, s, scales, buckets, dropout, seed, needs
-        )
+        with fused.on_device(s):
+            return fused.group_linear_backward(
+                grads, sources, weights, a, b, s, scales, buckets, dropout, seed, needs
+            )
     layout = _layout(a, branch_site, branch_source, len(grads), len(sources))
     # Whoever calls backward may do so under an autocast that the forward pass was not under.
     with torch.autocast(s.device.type, enabled=False):

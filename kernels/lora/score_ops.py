@@ -173,9 +173,10 @@ def _score(  # type: ignore[no-untyped-def]
         from . import fused
 
         buckets = _buckets(a, branch_site, branch_source, dropout, len(grads))
-        return fused.group_score(
-            grads, sources, a, b, s, scales, buckets, dropout, seed, previous_a, previous_b
-        )
+        with fused.on_device(s):
+            return fused.group_score(
+                grads, sources, a, b, s, scales, buckets, dropout, seed, previous_a, previous_b
+            )
     layout = _layout(a, branch_site, branch_source, len(grads), len(sources))
     return aten_score.group_score(grads, sources, a, b, s, scales, layout, previous_a, previous_b)
 

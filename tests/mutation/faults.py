@@ -49,12 +49,6 @@ FAULTS = [
         "flat = packed + pick(starts_b, j) + row * rank_columns + column",
     ),
     Fault(
-        "shrink: no mask at the end of k for A",
-        "shrink.py",
-        "inside_a &= first + column[:, None] < k",
-        "inside_a &= rank[None, :] < width",
-    ),
-    Fault(
         "shrink: no mask at the end of k for the source",
         "shrink.py",
         "inside_u = first + column[None, :] < k",
@@ -183,7 +177,7 @@ FAULTS = [
     Fault(
         "dy: dS of another block of columns",
         "backward.py",
-        "(block * m + row[:, None]) * width",
+        "(block.to(tl.int64) * m + row[:, None]) * width",
         "row[:, None] * width",
     ),
     Fault(
