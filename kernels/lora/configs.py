@@ -110,6 +110,7 @@ _INTERPRETER = Tile(32, 32, 32, warps=1, stages=1)
 _LARGE = {  # 163 KiB of shared memory for a block
     "shrink": Tile(64, 64, 128, stages=4),
     "shrink 128": Tile(64, 64, 128, stages=3),
+    "shrink dropout": Tile(64, 64, 64, stages=4),
     "shrink odd": Tile(64, 64, 32, stages=2),
     "expand": Tile(128, 128, 64, stages=4),
     "expand_tma": Tile(128, 128, 64, stages=4),
@@ -135,13 +136,15 @@ _HOPPER = {  # 227 KiB
     # Two programs of two stages each instead of one of three.
     "dy": Tile(64, 256, 64, stages=2),
     "dy 64": Tile(64, 128, 64, stages=3),
+    "dy 128": Tile(128, 128, 64, stages=2),
     "score 128": Tile(64, 64, 64, stages=3),
 }
 _SMALL = {  # 99 KiB
     **_LARGE,
     "shrink": Tile(64, 64, 128, stages=3),
     "shrink 128": Tile(64, 64, 64, stages=4),
-    "expand_tma": Tile(128, 128, 64, stages=3),
+    "expand_tma": Tile(128, 128, 64, stages=2),
+    "dx": Tile(128, 128, 64, stages=3),
     "dy 64": Tile(64, 128, 64, stages=3),
     "score 64": Tile(64, 32, 64, stages=3),
 }
@@ -154,7 +157,12 @@ _AMD = {  # 64 KiB
 # cores each thread holds both operands of a product in registers.
 _WIDE = {
     **dict.fromkeys(KERNELS, Tile(64, 64, 32, warps=4, stages=2)),
-    "shrink": Tile(32, 64, 32, warps=4, stages=2),
+    "shrink": Tile(32, 64, 32, stages=2),
+    "expand": Tile(64, 64, 32, warps=4, stages=3),
+    "expand 64": Tile(32, 32, 32, warps=4, stages=3),
+    "dx 64": Tile(32, 32, 32, warps=4, stages=3),
+    "da": Tile(32, 64, 64, stages=2),
+    "da 128": Tile(64, 64, 16, stages=2),
     "dy": Tile(32, 64, 32, stages=2),
     "dy 64": Tile(32, 16, 32, stages=2),
     "dy 128": Tile(32, 16, 32, stages=2),

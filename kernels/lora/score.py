@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from .buckets import BUCKETS, BucketLayout
 from .configs import Launch, odd
@@ -91,8 +92,8 @@ def score_kernel(
     acc = tl.where(inside, acc, 0.0)
     factor = tl.load(pick(factors, problem) + at, mask=inside, other=0.0).to(ACC)
     part = parts + tl.program_id(0).to(tl.int64) * (BLOCK_R * BLOCK_R + 16)
-    # Three products of TF32 are as exact as one of float32, which no tensor core has.
-    EXACT: tl.constexpr = "ieee" if WIDE else "tf32x3"
+    # Three products of TF32 are as exact as one of float32, which NVIDIA's tensor cores lack.
+    EXACT: tl.constexpr = "ieee" if WIDE or is_hip() else "tf32x3"
     gram = tl.dot(acc, tl.trans(acc), input_precision=EXACT, out_dtype=ACC)
     tl.store(part + lane[:, None] * BLOCK_R + lane[None, :], gram)
     tl.store(part + BLOCK_R * BLOCK_R, tl.sum(tl.abs(factor * acc)))

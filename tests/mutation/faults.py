@@ -241,10 +241,10 @@ FAULTS = [
         "acc += 0.0",
     ),
     Fault(
-        "score: what lies beyond the last column counts",
+        "score: gradients are not scaled",
         "score.py",
-        "wide_tile = tl.load(wide, mask=in_rows & (column[None, :] < size), other=0.0)",
-        "wide_tile = tl.load(wide, mask=in_rows, other=0.0)",
+        "acc *= pick(scales, problem)",
+        "acc *= 1.0",
     ),
     Fault(
         "score: signed sums",
@@ -262,7 +262,7 @@ FAULTS = [
         "fused: int32 addresses where int64 are needed",
         "fused.py",
         "(size + 1024) * stride >= 2**31",
-        "(size + 1024) * stride >= 2**40",
+        "(size + 1024) * stride >= 2**50",
     ),
     Fault(
         "tables: a block of ranks that does not divide the widths",
