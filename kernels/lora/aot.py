@@ -277,11 +277,10 @@ class _Compiler:
         self.launched.append((name, key))
 
     def _add(self, kernel: str, figures: Usage | None, problem: str | None) -> None:
-        name = f"{self.job.arch} {_label(self.job)} {self.case.name}: {kernel}"
+        first = f"{self.job.arch} {_label(self.job)} {self.case.name}: {kernel}"
         before = {compiled.name for compiled in self.found}
-        numbered = (f"{name} {i}" for i in itertools.count(2))
-        while name in before:
-            name = next(numbered)
+        names = itertools.chain([first], (f"{first} {i}" for i in itertools.count(2)))
+        name = next(name for name in names if name not in before)
         self.found.append(Compiled(name, figures, problem))
 
 

@@ -26,7 +26,10 @@ RUNGS = {
     1: [[*THREADS, *PYTEST, "tests/kernels/test_spec.py", "tests/kernels/test_score.py"]],
     2: [[*THREADS, *PYTEST, "tests/kernels", "--deselect", "tests/kernels/test_spec.py"]],
     3: [[*INTERPRETED, "-m", "quick"], [*INTERPRETED, "-m", "not quick"]],
-    4: [[*THREADS, *PYTEST, "tests/codegen"]],
+    4: [
+        [*THREADS, *PYTEST, "tests/codegen"],
+        [*THREADS, sys.executable, "-m", "heterolora.kernels.aot", "--arch", "sm_80"],
+    ],
 }
 
 
