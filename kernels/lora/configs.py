@@ -162,7 +162,7 @@ _WIDE = {
     "expand 64": Tile(32, 32, 32, warps=4, stages=3),
     "dx 64": Tile(32, 32, 32, warps=4, stages=3),
     "da": Tile(32, 64, 64, stages=2),
-    "da 128": Tile(64, 64, 16, stages=2),
+    "da 128": Tile(32, 64, 32, stages=2),
     "dy": Tile(32, 64, 32, stages=2),
     "dy 64": Tile(32, 16, 32, stages=2),
     "dy 128": Tile(32, 16, 32, stages=2),
