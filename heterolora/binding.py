@@ -288,7 +288,7 @@ def _branches(members: list[Member], x: Tensor) -> tuple[list[Branch], dict[str,
         layer = member.layer
         name = active_adapter(layer)
         factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-        p = dropout_probability(layer)
+        p = dropout_probability(layer, name)
         branches.append(Branch(index, *factors, layer.scaling[name], dropout=p))
     if not any(branch.dropout for branch in branches):
         return branches, {"implementation": members[0].fusion.backend}

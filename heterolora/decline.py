@@ -30,6 +30,8 @@ __all__ = [
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (nn.Parameter, Tensor)
+# By value: code that replaces one of them for the whole class later is noticed.
+_DENSE_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
 def layer_reason(layer: Any, backend: str = "auto") -> str | None:
@@ -55,11 +57,14 @@ def layer_reason(layer: Any, backend: str = "auto") -> str | None:
         return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
     if layer.lora_bias[name]:
         return "lora_bias: B has a bias"
+    factor_a, factor_b = layer.lora_A[name], layer.lora_B[name]
+    dense = is_dense(layer)
+    device = layer.base_layer.weight.device if dense else factor_a.weight.device
     return (
         _dropout_reason(layer, name, backend)
-        or (None if is_dense(layer) else _own_base_reason(layer))
-        or _factor_reason("lora_A", layer.lora_A[name], layer.lora_A[name].weight)
-        or _factor_reason("lora_B", layer.lora_B[name], layer.lora_A[name].weight)
+        or (None if dense else _own_base_reason(layer))
+        or _factor_reason("lora_A", factor_a, device)
+        or _factor_reason("lora_B", factor_b, device)
     )
 
 
@@ -77,9 +82,9 @@ def active_adapter(layer: Any) -> str:
     return next(name for name in layer.active_adapters if name in layer.lora_A)
 
 
-def dropout_probability(layer: Any) -> float:
-    """Of the active adapter right now, 0 in evaluation mode."""
-    dropout = layer.lora_dropout[active_adapter(layer)]
+def dropout_probability(layer: Any, name: str) -> float:
+    """Of an adapter right now, 0 in evaluation mode."""
+    dropout = layer.lora_dropout[name]
     return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
@@ -90,7 +95,7 @@ def is_dense(layer: Any) -> bool:
     """
     base = layer.base_layer
     # By forward, not by class: a subclass that computes something else must not pass.
-    if type(layer) is not Linear or type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+    if type(layer) is not Linear or type(base).forward not in _DENSE_FORWARDS:
         return False
     weight, bias = base.weight, base.bias
     return (
@@ -114,14 +119,14 @@ def dense_weight(layer: Any) -> Tensor:
 
 def input_reason(layer: Any, x: Any) -> str | None:
     """Reason to decline this input for a layer that :func:`layer_reason` accepts, or None."""
-    factor = layer.lora_A[active_adapter(layer)].weight
     if type(x) not in _PLAIN:
         return f"input is a {type(x).__name__}"
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
         return f"input of shape {tuple(x.shape)}"
-    if x.device != factor.device:
-        return f"input on {x.device}, lora_A on {factor.device}"
     if not is_dense(layer):
+        factor = layer.lora_A[active_adapter(layer)].weight
+        if x.device != factor.device:
+            return f"input on {x.device}, lora_A on {factor.device}"
         return None if x.dtype in _DTYPES else f"input is {x.dtype}"
     weight = layer.base_layer.weight
     if x.device != weight.device:
@@ -186,7 +191,7 @@ def _own_base_reason(layer: Any) -> str | None:
     return "DTensor weight" if type(weight).__name__ == "DTensor" else None
 
 
-def _factor_reason(label: str, factor: nn.Module, a: Tensor) -> str | None:
+def _factor_reason(label: str, factor: nn.Module, device: torch.device) -> str | None:
     if type(factor).forward is not nn.Linear.forward or "forward" in factor.__dict__:
         return f"{label} has a forward of its own ({type(factor).__name__})"
     if _hooked(factor):
@@ -198,8 +203,8 @@ def _factor_reason(label: str, factor: nn.Module, a: Tensor) -> str | None:
         return "DeepSpeed ZeRO-3 partitioned weight"
     if weight.dtype not in _DTYPES:
         return f"unsupported {label} dtype {weight.dtype}"
-    if weight.device != a.device:
-        return f"{label} on {weight.device}, lora_A on {a.device}"
+    if weight.device != device:
+        return f"{label} on {weight.device}, not on {device}"
     return None
 
 

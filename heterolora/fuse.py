@@ -148,7 +148,7 @@ def _path(name: str, layer: Any, backend: str) -> str:
     dense = is_dense(layer)
     sites = [Site(dense_weight(layer))] if dense else []
     x = (sites[0].weight if dense else factors[0]).new_empty(1).expand(_ROWS, layer.in_features)
-    wanted = "triton" if dropout_probability(layer) else backend
+    wanted = "triton" if dropout_probability(layer, adapter) else backend
     try:
         chosen = choose(wanted, x, factors, sites, [Branch(0, *factors)])
     except ValueError as error:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import aten
 from .branches import operands
-from .buckets import BucketLayout, bucket_layout
-from .layout import Branch, group_layout
+from .dispatch import choose
+from .layout import Branch
+from .ops import _buckets, _gradients, _layout, _refuse_second_derivative
 
 __all__ = ["low_rank_add"]
 
@@ -72,21 +73,12 @@ def low_rank_add(
     _check(outputs, x, branches)
     if not any(branch.a.shape[0] for branch in branches):
         return list(outputs)
-    given = operands(x.to(dtype), branches, seed, implementation)
+    factors = [f for branch in branches for f in (branch.a, branch.b)]
+    x_cast = x.to(dtype)
+    given = operands(x_cast, branches, seed, choose(implementation, x_cast, factors))
     read = [x, *given.sources, *(b.source for b in branches if b.source is not None)]
     targets = _targets(outputs, read)
-    torch.ops.heterolora.low_rank_add_(
-        targets,
-        given.sources,
-        given.a,
-        given.b,
-        given.scales,
-        given.site,
-        given.source,
-        given.dropout,
-        given.seed,
-        given.implementation,
-    )
+    torch.ops.heterolora.low_rank_add_(targets, *given)
     return [
         t.view(y.shape) if t.dim() != y.dim() else t for t, y in zip(targets, outputs, strict=True)
     ]
@@ -174,27 +166,16 @@ def _unsaved(y: Tensor) -> bool:
     return not getattr(node, "_raw_saved_tensors", ())
 
 
-def _buckets(  # type: ignore[no-untyped-def]
-    outputs, a, branch_site, branch_source, dropout
-) -> BucketLayout:
-    ranks = [factor.shape[0] for factor in a]
-    dropped = [p > 0 for p in dropout]
-    return bucket_layout(ranks, branch_site, branch_source, dropped, sites=len(outputs))
-
-
 def _forward(  # type: ignore[no-untyped-def]
     outputs, sources, a, b, scales, branch_site, branch_source, dropout, seed, implementation
 ):
     if implementation == "triton":
         from . import fused
 
-        buckets = _buckets(outputs, a, branch_site, branch_source, dropout)
+        buckets = _buckets(a, branch_site, branch_source, dropout, len(outputs))
         with fused.on_device(sources[0]):
             return fused.low_rank_add(outputs, sources, a, b, scales, buckets, dropout, seed)
-    ranks = [factor.shape[0] for factor in a]
-    layout = group_layout(
-        ranks, branch_site, branch_source, sites=len(outputs), sources=len(sources)
-    )
+    layout = _layout(a, branch_site, branch_source, len(outputs), len(sources))
     return aten.low_rank_add(outputs, sources, a, b, scales, layout)
 
 
@@ -203,7 +184,7 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 ):
     columns = sum(factor.shape[0] for factor in a)
     if implementation == "triton":
-        columns = _buckets(outputs, a, branch_site, branch_source, dropout).columns
+        columns = _buckets(a, branch_site, branch_source, dropout, len(outputs)).columns
     x = sources[0]
     return x.new_empty(x.shape[:-1].numel(), columns)
 
@@ -213,23 +194,14 @@ class _LowRankAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, meta: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
-        p, q, t, options = meta
+        q, p, t, options = meta
         outputs, sources = list(tensors[:p]), list(tensors[p : p + q])
         a, b = list(tensors[p + q : p + q + t]), list(tensors[p + q + t : -1])
         seed = tensors[-1]
-        scales, branch_site, branch_source, dropout, implementation = options
+        *lists, implementation = options
         with torch._C._AutoDispatchBelowAutograd():
             s = torch.ops.heterolora.low_rank_add_(
-                outputs,
-                sources,
-                a,
-                b,
-                scales,
-                branch_site,
-                branch_source,
-                dropout,
-                seed,
-                implementation,
+                outputs, sources, a, b, *lists, seed, implementation
             )
         ctx.meta = meta
         ctx.set_materialize_grads(False)
@@ -240,35 +212,14 @@ class _LowRankAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # torch's once_differentiable notices only a dY that needs a gradient, not A, B or x.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "low_rank_add can be differentiated once: call backward without create_graph=True, "
-                "or heterolora.unfuse(model) first"
-            )
-        p, q, t, options = ctx.meta
-        scales, branch_site, branch_source, dropout, implementation = options
+        _refuse_second_derivative("low_rank_add")
+        q, p, t, _ = ctx.meta
         needs = list(ctx.needs_input_grad[1 + p : -1])
         flat: list[Tensor | None] = [None] * len(needs)
         if any(needs):
             *saved, s, seed = ctx.saved_tensors
-            found = torch.ops.heterolora.group_linear_backward(
-                list(grads[:p]),
-                saved[:q],
-                [],
-                saved[q : q + t],
-                saved[q + t :],
-                s,
-                scales,
-                branch_site,
-                branch_source,
-                dropout,
-                seed,
-                implementation,
-                needs,
-            )
-            rest = iter(found)
-            flat = [next(rest) if need else None for need in needs]
+            sources, a, b = saved[:q], saved[q : q + t], saved[q + t :]
+            flat = _gradients((sources, [], a, b, s, seed), ctx.meta, grads, needs)
         return (None, *grads[:p], *flat, None)
 
 
@@ -277,9 +228,8 @@ def _autograd(outputs, sources, a, b, *options_and_seed):  # type: ignore[no-unt
         with torch._C._AutoDispatchBelowAutograd():
             s = torch.ops.heterolora.low_rank_add_(outputs, sources, a, b, *options_and_seed)
     else:
-        scales, branch_site, branch_source, dropout, seed, implementation = options_and_seed
-        options = (scales, branch_site, branch_source, dropout, implementation)
-        meta = (len(outputs), len(sources), len(a), options)
+        *lists, seed, implementation = options_and_seed
+        meta = (len(sources), len(outputs), len(a), (*lists, implementation))
         *_, s = _LowRankAdd.apply(meta, *outputs, *sources, *a, *b, seed)
     # What writes below autograd has to tell it that these have changed.
     torch.autograd.graph.increment_version(outputs)

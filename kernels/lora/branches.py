@@ -7,7 +7,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import spec
-from .dispatch import choose
 from .layout import Branch
 
 __all__ = ["Operands", "operands"]
@@ -29,23 +28,26 @@ class Operands(NamedTuple):
     implementation: str
 
 
-def operands(
-    x: Tensor, branches: Sequence[Branch], seed: Tensor | None, implementation: str
-) -> Operands:
-    """Cast every source to the dtype of x, apply the masks, and choose the implementation.
+def operands(x: Tensor, branches: Sequence[Branch], seed: Tensor | None, chosen: str) -> Operands:
+    """Cast every source to the dtype of x and apply the masks.
+
+    Args:
+        chosen: what `dispatch.choose` said, "aten" or "triton".
 
     Raises:
-        ValueError: dropout without a seed or beside a mask, or an implementation that cannot run.
+        ValueError: dropout without a seed, beside a mask, or of everything.
     """
-    chosen = choose(implementation, x, [f for branch in branches for f in (branch.a, branch.b)])
     sources, position_of, dropout = [x], [], []
     for j, branch in enumerate(branches):
         source = x if branch.source is None else branch.source
         if source.dtype != x.dtype:
             source = source.to(x.dtype)
         mask, p = branch.mask, branch.dropout
-        if p and (seed is None or not 0 <= p < 1 or mask is not None):
-            raise ValueError(f"branch {j}: dropout {p} needs a seed, 0 <= p < 1, and no mask")
+        # Probabilities are multiples of 2^-16: the next one below 1 is the largest.
+        if p and (seed is None or not 0 <= p <= 1 - 2**-16 or mask is not None):
+            raise ValueError(
+                f"branch {j}: dropout {p} needs a seed, 0 <= p <= 1 - 2^-16, and no mask"
+            )
         if p and seed is not None and chosen == "aten":
             rows = math.prod(source.shape[:-1])
             mask = spec.dropout_mask(seed, j, rows, source.shape[-1], p)

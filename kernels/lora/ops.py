@@ -194,9 +194,12 @@ def _backward(  # type: ignore[no-untyped-def]
                 grads, sources, weights, a, b, s, scales, buckets, dropout, seed, needs
             )
     layout = _layout(a, branch_site, branch_source, len(grads), len(sources))
+    arguments = (grads, sources, weights, a, b, s, scales, layout, needs)
+    if not torch.is_autocast_enabled(s.device.type):
+        return aten.group_linear_backward(*arguments)
     # Whoever calls backward may do so under an autocast that the forward pass was not under.
     with torch.autocast(s.device.type, enabled=False):
-        return aten.group_linear_backward(grads, sources, weights, a, b, s, scales, layout, needs)
+        return aten.group_linear_backward(*arguments)
 
 
 def _forward_fake(  # type: ignore[no-untyped-def]
@@ -252,20 +255,10 @@ class _GroupLinear(torch.autograd.Function):
         a = list(tensors[q + 2 * p : q + 2 * p + t])
         b = list(tensors[q + 2 * p + t : q + 2 * p + 2 * t])
         seed = tensors[-1]
-        scales, branch_site, branch_source, dropout, implementation = options
+        *lists, implementation = options
         with torch._C._AutoDispatchBelowAutograd():
             outputs, s = torch.ops.heterolora.group_linear(
-                sources,
-                weights,
-                biases,
-                a,
-                b,
-                scales,
-                branch_site,
-                branch_source,
-                dropout,
-                seed,
-                implementation,
+                sources, weights, biases, a, b, *lists, seed, implementation
             )
         ctx.meta = meta
         ctx.set_materialize_grads(False)
@@ -283,17 +276,21 @@ class _GroupLinear(torch.autograd.Function):
         return (None, *flat[:q], *[None] * p, *flat[q:], None)
 
 
+def _refuse_second_derivative(operation: str) -> None:
+    # torch's once_differentiable notices only a dY that needs a gradient, not A, B or x.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operation} can be differentiated once: call backward without create_graph=True, "
+            "or heterolora.unfuse(model) first"
+        )
+
+
 def _saved(ctx: Any) -> tuple[Any, ...]:
     """What a forward pass kept: sources, weights, A, B, S and the seed.
 
     To be called once in a backward pass: under checkpointing a tensor is unpacked only once.
     """
-    # torch's once_differentiable notices only a dY that needs a gradient, not A, B or x.
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "group_linear can be differentiated once: call backward without create_graph=True, "
-            "or heterolora.unfuse(model) first"
-        )
+    _refuse_second_derivative("group_linear")
     q, p, t, _ = ctx.meta
     *saved, s, seed = ctx.saved_tensors
     return saved[:q], saved[q : q + p], saved[q + p : q + p + t], saved[q + p + t :], s, seed
@@ -307,21 +304,9 @@ def _gradients(
 ) -> list[Tensor | None]:
     """One entry for each source, bias, A and B: its gradient, or None where it is not needed."""
     sources, weights, a, b, s, seed = saved
-    _, p, _, (scales, branch_site, branch_source, dropout, implementation) = meta
+    _, p, _, (*lists, implementation) = meta
     found = torch.ops.heterolora.group_linear_backward(
-        list(grads[:p]),
-        sources,
-        weights,
-        a,
-        b,
-        s,
-        scales,
-        branch_site,
-        branch_source,
-        dropout,
-        seed,
-        implementation,
-        needs,
+        list(grads[:p]), sources, weights, a, b, s, *lists, seed, implementation, needs
     )
     rest = iter(found)
     return [next(rest) if need else None for need in needs]
@@ -331,9 +316,8 @@ def _flat(  # type: ignore[no-untyped-def]
     sources, weights, biases, a, b, *options_and_seed
 ):
     """The op's arguments as the autograd function takes them: all that is no tensor comes first."""
-    scales, branch_site, branch_source, dropout, seed, implementation = options_and_seed
-    options = (scales, branch_site, branch_source, dropout, implementation)
-    meta = (len(sources), len(weights), len(a), options)
+    *lists, seed, implementation = options_and_seed
+    meta = (len(sources), len(weights), len(a), (*lists, implementation))
     return meta, *sources, *weights, *biases, *a, *b, seed
 
 

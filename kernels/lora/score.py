@@ -16,7 +16,7 @@ from triton.language.target_info import is_hip
 from .buckets import BUCKETS, BucketLayout
 from .configs import Launch, odd
 from .reduce import Sum, reduce_splits
-from .tables import alike
+from .tables import alike, thresholds
 from .tiles import find, keep_tile, offsets, pick
 
 __all__ = ["LARGEST_RANK", "score", "score_kernel"]
@@ -149,7 +149,7 @@ def score(
         tuple(previous) or tuple(factors),
         tuple(float(scale) for scale in scales),
         alike(branches),
-        tuple(float(round(p * 65536)) for p in dropout),
+        thresholds(dropout),
         seed,
         parts,
         m,

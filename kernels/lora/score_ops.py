@@ -132,22 +132,12 @@ def _scores(
     saved: tuple[Any, ...], meta: tuple[Any, ...], grads: Sequence[Tensor | None], task: _Task
 ) -> list[BranchScore | None]:
     sources, _, a, b, s, seed = saved
-    _, p, _, (scales, branch_site, branch_source, dropout, implementation) = meta
+    _, p, _, (*lists, implementation) = meta
+    previous = task.previous_a, task.previous_b
     found = torch.ops.heterolora.group_score(
-        list(grads[:p]),
-        sources,
-        a,
-        b,
-        s,
-        scales,
-        branch_site,
-        branch_source,
-        dropout,
-        seed,
-        implementation,
-        task.previous_a,
-        task.previous_b,
+        list(grads[:p]), sources, a, b, s, *lists, seed, implementation, *previous
     )
+    _, branch_site, *_ = lists
     return [
         None if grads[site] is None else BranchScore(*found[4 * j : 4 * j + 4])
         for j, site in enumerate(branch_site)

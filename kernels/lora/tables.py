@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .buckets import BUCKETS, BucketLayout
 from .pack import Packed
 
-__all__ = ["ColumnTable", "alike", "chunks", "common_block", "segments"]
+__all__ = ["ColumnTable", "alike", "chunks", "common_block", "segments", "thresholds"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class ColumnTable:
         start, width: its columns.
         a: element of the packed buffer where its rows of A begin.
         branch: its branch, times 16 (:func:`alike`), if the source is dropped out, else 0.
-        threshold: drop probability in units of 2^-16. A float, because the compiler specialises
-            integers.
+        threshold: of :func:`thresholds`.
         dropout: whether any threshold is above 0.
     """
 
@@ -41,6 +40,12 @@ def alike(numbers: Iterable[int]) -> tuple[int, ...]:
     among a table's integers; all of these are multiples of 16 and none is 1.
     """
     return tuple(16 * number for number in numbers)
+
+
+def thresholds(dropout: Iterable[float]) -> tuple[float, ...]:
+    """Drop probabilities in units of 2^-16, rounded as `spec.dropout_mask` rounds them; floats,
+    because the compiler specialises integers."""
+    return tuple(float(round(p * 65536)) for p in dropout)
 
 
 def common_block(widths: Iterable[int]) -> int:
@@ -81,9 +86,8 @@ def _table(
         for segment in layout.segments
         for start in (range(segment.start, segment.stop, block) if cut else [segment.start])
     ]
-    threshold = tuple(
-        float(round(dropout[segment.branch] * 65536)) if segment.branch >= 0 else 0.0
-        for segment, _, _ in runs
+    threshold = thresholds(
+        dropout[segment.branch] if segment.branch >= 0 else 0.0 for segment, _, _ in runs
     )
     return ColumnTable(
         block=block,

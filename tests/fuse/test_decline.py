@@ -204,7 +204,7 @@ def test_other_lora_layers_are_declined_by_kind():
         (lambda m: m.to(torch.bfloat16), torch.randn(3, 8), "input is torch.float32"),
         (lambda m: None, torch.randn(3, 8, dtype=torch.float64), "input is torch.float64"),
         (lambda m: None, torch.randn(3, 9), r"input of shape (3, 9)"),
-        (lambda m: m.to("meta"), torch.randn(3, 8), "input on cpu, lora_A on meta"),
+        (lambda m: m.to("meta"), torch.randn(3, 8), "input on cpu, weight on meta"),
     ],
 )
 def test_inputs_declined_at_the_call(change, x, reason, caplog):

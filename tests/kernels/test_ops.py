@@ -159,3 +159,21 @@ def _branch(site=0, r=2, k=7, n=4):
 def test_refuses(x, sites, branches, message):
     with pytest.raises(ValueError, match=message):
         group_linear(x, sites, branches)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1 - 2**-18])
+def test_dropout_of_less_than_nothing_or_everything_is_refused(p):
+    x, sites, (branch,) = GROUPS["single"](Draw(torch.float32))
+    dropped = Branch(0, branch.a, branch.b, dropout=p)
+    with pytest.raises(ValueError, match="branch 0: dropout"):
+        group_linear(x, sites, [dropped], seed=torch.tensor(1))
+
+
+def test_backward_under_an_autocast_that_forward_was_not_under():
+    group = GROUPS["mixed_siblings"](Draw(torch.float32))
+    outputs = group_linear(*group)
+    ones = [torch.ones_like(y) for y in outputs]
+    truth = torch.autograd.grad(outputs, leaves(group), ones, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(outputs, leaves(group), ones)
+    assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
