@@ -38,7 +38,12 @@ def main(folder: str) -> None:
         weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         torch.save(weights, f"{folder}/{world}.pt")
     if world > 1:
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not by returning: DDP's destructor joins gloo's threads while it holds the interpreter lock,
+        # which a thread may need to drop the Python state it kept of the last all-reduce (torch 2.13).
+        os._exit(0)
 
 
 def _names(base: torch.nn.Module) -> list[str]:
