@@ -1,132 +1,231 @@
-"""The registry of cases, and how one case is run: gate, time, memory."""
+"""The registry of cases."""
 
 import fnmatch
-import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from heterolora.bench import harness, memory, models
+from heterolora.bench import peers, scoring
+from heterolora.bench.groups import copies, group, shortcut_step
 from heterolora.bench.harness import BenchError
-from heterolora.bench.models import BASELINE, Step, Workload
 from heterolora.bench.parity import Parity, check_parity
-from heterolora.bench.record import CaseResult
+from heterolora.bench.shapes import GROUPS, LAYERS, MODELS, OPERATIONS, Shape
+from heterolora.bench.steps import Step, Workload, mixed_ranks, sparse_ranks, uniform_ranks
 
-__all__ = ["CASES", "Case", "run_case", "select"]
+__all__ = ["CASES", "Case", "select"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_RANKS = {"uniform": models.uniform_ranks, "mixed": models.mixed_ranks}
+# A step of a minute helps nobody: what is beyond this is left to a GPU unless it is named.
+_CPU_FLOPS = {"op": 7e10, "group": 1.6e11, "layer": 3e11, "model": 4e11, "scoring": 1e11}
+_RANKS: dict[str, Callable[[Mapping[str, tuple[int, int]]], dict[str, int]]] = {
+    "uniform": uniform_ranks,
+    "mixed": mixed_ranks,
+    **{f"r{rank}": partial(uniform_ranks, rank=rank) for rank in (8, 16, 64, 128)},
+    "mixed16": partial(mixed_ranks, rank=16),
+    "sparse16": partial(sparse_ranks, rank=16),
+}
+_STEPS = tuple(peers.VARIANTS)
+_WITH_SHORTCUT = (peers.BASELINE, "fused", peers.FLOOR, peers.LOW_PRECISION)
+
+# variant, workload, ranks by module name, dropout
+BuildStep = Callable[[str, Workload, Mapping[str, int], float], Step]
+
+
+def _peft_step(variant: str, load: Workload, ranks: Mapping[str, int], dropout: float) -> Step:
+    return peers.build_step(variant, load, ranks, dropout=dropout)
+
+
+def _shortcut_step(variant: str, load: Workload, ranks: Mapping[str, int], dropout: float) -> Step:
+    if variant == peers.FLOOR:
+        return peers.build_step(variant, load, ranks)
+    return shortcut_step(variant, load, ranks)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the benchmark: a training step of one model, dtype and allocation.
+    """One line of the benchmark: a training step of one workload, dtype and allocation.
 
     Attributes:
         name: unique, also the name of the result file.
+        kind: "op" (one linear), "group" (several on one input), "layer", "model" or "scoring".
         description: one line for `--list`.
         build: (dtype, device) -> a fresh workload, the same weights and batch on every call.
         shapes: sizes for the record.
         dtype: "fp32" or "bf16", of the base model; adapters are as PEFT makes them (fp32).
-        ranks: "uniform" (8 everywhere) or "mixed" (0 to 32, equal parameters).
-        quick: small enough for `--quick`.
-        parity: the gate, (PEFT step, fused step) -> outcome.
+        ranks: name of an allocation.
+        flops: of one step, roughly; decides whether a CPU runs it unasked.
+        quick: small enough for `--quick`; a check of the bench, not a result.
+        dropout: of the adapters' input.
+        variants: what is timed, where it applies.
+        step: makes a variant's step.
+        parity: the gate, (PEFT step, fused step, and for a group alone in low precision the step of
+            PEFT with adapters in that precision) -> outcome.
     """
 
     name: str
+    kind: str
     description: str
     build: Callable[[torch.dtype, torch.device], Workload]
     shapes: Mapping[str, int]
     dtype: str
     ranks: str
+    flops: float
     quick: bool = False
-    parity: Callable[[Step, Step], Parity] = check_parity
+    dropout: float = 0.0
+    variants: tuple[str, ...] = _STEPS
+    step: BuildStep = _peft_step
+    parity: Callable[..., Parity] = check_parity
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU runs it unasked. Active dropout is fused by the Triton kernels only."""
+        return self.flops <= _CPU_FLOPS[self.kind] and not self.dropout
+
+    def ranks_of(self, targets: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """The rank of every target by name."""
+        return _RANKS[self.ranks](targets)
 
 
-def _family(
-    name: str, what: str, builder: Callable[..., Workload], *, quick: bool = False, **shapes: int
-) -> list[Case]:
+def _built(shape: Shape) -> Callable[[torch.dtype, torch.device], Workload]:
     def build(dtype: torch.dtype, device: torch.device) -> Workload:
-        return builder(dtype=dtype, device=device, **shapes)
+        return shape.builder(dtype=dtype, device=device, **shape.sizes)
 
-    return [
-        Case(
-            name=f"{name}-{dtype}-{ranks}",
-            description=f"{what}, {dtype}, {'r=8' if ranks == 'uniform' else 'mixed ranks'}",
+    return build
+
+
+def _of_models(shapes: list[Shape], kind: str) -> Iterator[Case]:
+    for shape in shapes:
+        for dtype in _DTYPES:
+            for ranks in ("uniform", "mixed"):
+                yield Case(
+                    name=f"{shape.name}-{dtype}-{ranks}",
+                    kind=kind,
+                    description=f"{shape.what}, {shape.batch}, training step, {dtype}, "
+                    f"{'r=8' if ranks == 'uniform' else 'mixed ranks'}",
+                    build=_built(shape),
+                    shapes=shape.sizes,
+                    dtype=dtype,
+                    ranks=ranks,
+                    flops=shape.flops,
+                    quick=shape.quick,
+                )
+
+
+def _of_scoring(shapes: list[Shape]) -> Iterator[Case]:
+    for shape in shapes:
+        for dtype in _DTYPES:
+            yield Case(
+                name=f"scoring-{shape.name}-{dtype}",
+                kind="scoring",
+                description=f"{shape.what}, {shape.batch}, {dtype}: one batch of the search, every "
+                "linear a candidate",
+                build=_built(shape),
+                shapes=shape.sizes,
+                dtype=dtype,
+                ranks="uniform",
+                flops=shape.flops,
+                quick=shape.quick,
+                variants=("peft", "fused", "base-only"),
+                step=scoring.build_step,
+                parity=scoring.check_parity,
+            )
+
+
+def _of_group(
+    kind: str,
+    label: str,
+    m: int,
+    k: int,
+    sites: Mapping[str, int],
+    ranks: str,
+    *,
+    multiple: int = 1,
+    dropout: float = 0.0,
+    shortcut: bool = False,
+) -> Iterator[Case]:
+    n = sum(sites.values())
+    extra = (f", dropout {dropout:g}" if dropout else "") + (", shortcut" if shortcut else "")
+    suffix = ("-dropout" if dropout else "") + ("-shortcut" if shortcut else "")
+    for dtype, torch_dtype in _DTYPES.items():
+        # Mixed lists need whole cycles of six, and what they are compared with needs the same.
+        repeats = copies(m, k, n, torch_dtype.itemsize, multiple=multiple)
+
+        def build(dtype: torch.dtype, device: torch.device, repeats: int = repeats) -> Workload:
+            return group(
+                m=m,
+                k=k,
+                sites=sites,
+                repeats=repeats,
+                shortcut=shortcut,
+                dtype=dtype,
+                device=device,
+            )
+
+        yield Case(
+            name=f"{label}-m{m}-{ranks}-{dtype}{suffix}",
+            kind=kind,
+            description=f"{k} to {', '.join(map(str, sites.values()))}, {m} tokens, {ranks}, "
+            f"{dtype}{extra}",
             build=build,
-            shapes=shapes,
+            shapes={"m": m, "k": k, "n": n, "sites": len(sites), "shortcut": int(shortcut)},
             dtype=dtype,
             ranks=ranks,
-            quick=quick,
+            flops=4.0 * m * k * n * repeats,
+            dropout=dropout,
+            variants=_WITH_SHORTCUT if shortcut else _STEPS,
+            step=_shortcut_step if shortcut else _peft_step,
+            parity=partial(check_parity, covers_all=False) if shortcut else check_parity,
         )
-        for dtype in _DTYPES
-        for ranks in _RANKS
-    ]
+
+
+def _operations() -> Iterator[Case]:
+    for k, n in OPERATIONS.shapes:
+        one = partial(_of_group, "op", f"op-{k}x{n}", k=k, sites={"proj": n})
+        for m in OPERATIONS.tokens:
+            varied = (k, n, m) in OPERATIONS.varied
+            for ranks in OPERATIONS.ranks if varied else ["r16"]:
+                yield from one(m=m, ranks=ranks, multiple=6 if varied else 1)
+            if varied:
+                yield from one(m=m, ranks="r16", dropout=0.1)
+                yield from one(m=m, ranks="r16", shortcut=True)
+
+
+def _groups() -> Iterator[Case]:
+    for label, (k, sites) in GROUPS.items():
+        for m in (256, 1024, 8192):
+            for ranks in ("r16", "mixed16"):
+                yield from _of_group("group", label, m, k, sites, ranks, multiple=6)
 
 
 CASES: dict[str, Case] = {
     case.name: case
     for case in [
-        *_family(
-            "tiny-4x16",
-            "2-layer BERT, hidden 64, 4x16 tokens (a check of the bench, not a result)",
-            models.bert,
-            quick=True,
-            layers=2,
-            hidden=64,
-            ffn=256,
-            heads=2,
-            batch=4,
-            length=16,
-        ),
-        *_family(
-            "minilm-16x64",
-            "MiniLM-L6 shapes (vocabulary 1000), 16x64 tokens, training step",
-            models.bert,
-            layers=6,
-            hidden=384,
-            ffn=1536,
-            heads=12,
-            batch=16,
-            length=64,
-        ),
-        *_family(
-            "llama-8x64",
-            "12-layer Llama, hidden 576 (vocabulary 1000), 8x64 tokens, training step",
-            models.llama,
-            layers=12,
-            hidden=576,
-            ffn=1536,
-            heads=9,
-            kv_heads=3,
-            batch=8,
-            length=64,
-        ),
-        *_family(
-            "linears-16x64",
-            "the linears of MiniLM-L6 without attention, 16x64 tokens, training step",
-            models.linear_stack,
-            layers=6,
-            hidden=384,
-            ffn=1536,
-            batch=16,
-            length=64,
-        ),
+        *_of_models(MODELS, "model"),
+        *_of_models(LAYERS, "layer"),
+        *_of_scoring([shape for shape in MODELS if shape.scored]),
+        *_operations(),
+        *_groups(),
     ]
 }
 
 
-def select(patterns: list[str] | None, *, quick: bool = False) -> list[Case]:
-    """Cases whose name matches any of the shell patterns; without patterns all, or the quick ones.
+def select(patterns: list[str] | None, *, quick: bool = False, device: str = "cpu") -> list[Case]:
+    """Cases whose name matches any of the shell patterns; without patterns all that suit `device`,
+    or the quick ones.
 
     Raises:
         BenchError: a pattern matches nothing.
     """
     if not patterns:
         # The quick cases check the bench itself; among real results they would only be noise.
-        return [case for case in CASES.values() if case.quick == quick]
+        suited = [case for case in CASES.values() if device != "cpu" or case.on_cpu]
+        return [case for case in suited if case.quick == quick]
     chosen: dict[str, Case] = {}
     for pattern in patterns:
         matched = fnmatch.filter(CASES, pattern)
@@ -134,80 +233,3 @@ def select(patterns: list[str] | None, *, quick: bool = False) -> list[Case]:
             raise BenchError(f"no case matches {pattern!r}; --list shows all {len(CASES)}")
         chosen.update((name, CASES[name]) for name in matched)
     return list(chosen.values())
-
-
-def run_case(
-    case: Case,
-    *,
-    device: torch.device,
-    rounds: int,
-    warmup: int = 2,
-    compiled: bool = False,
-    on_phase: Callable[[str], None] = lambda phase: None,
-    on_round: Callable[[int], None] | None = None,
-) -> CaseResult:
-    """Gate, timing and memory of one case; a red gate ends it, with neither timing nor memory.
-
-    A variant that cannot run (a compiler is missing, say) is listed under `failed` with its reason;
-    the others count.
-    """
-    dtype = _DTYPES[case.dtype]
-    build = partial(case.build, dtype, device)
-    shape_of = build()
-    ranks = _RANKS[case.ranks](shape_of.targets)
-    tokens = shape_of.tokens
-    del shape_of
-
-    def result(parity: Parity, **found: object) -> CaseResult:
-        return CaseResult(
-            case=case.name,
-            description=case.description,
-            shapes=dict(case.shapes),
-            dtype=case.dtype,
-            ranks=ranks,
-            tokens=tokens,
-            parity=parity,
-            **found,  # type: ignore[arg-type]
-        )
-
-    on_phase("parity")
-    steps = {name: models.build_step(name, build(), ranks) for name in (BASELINE, "fused")}
-    parity = case.parity(steps[BASELINE], steps["fused"])
-    if not parity.green:
-        return result(parity)
-
-    failed: dict[str, str] = {}
-    for name in models.VARIANTS:
-        if name in steps or (name in models.COMPILED and not compiled):
-            continue
-        on_phase(f"preparing {name}")
-        step = models.build_step(name, build(), ranks)
-        if name in models.COMPILED:
-            try:
-                step()
-            except Exception as error:  # whatever the compiler raises is this variant's result
-                failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-                continue
-        steps[name] = step
-
-    on_phase("timing")
-    timing = harness.paired(
-        steps,
-        rounds=rounds,
-        warmup=warmup,
-        baseline=BASELINE,
-        stopwatch=harness.stopwatch_for(device),
-        on_round=on_round,
-    )
-    on_phase("memory")
-    gc.collect()
-    used = {name: _memory_of(step, device) for name, step in steps.items()}
-    return result(parity, timing=timing, memory=used, failed=failed)
-
-
-def _memory_of(step: Step, device: torch.device) -> memory.MemoryUse:
-    step.clear_gradients()
-    saved = memory.saved_bytes(step.forward, exclude=step.tensors())
-    peak = memory.peak_bytes(step, device)
-    step.clear_gradients()
-    return memory.MemoryUse(memory.resident_bytes(step.tensors()), peak, saved)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from heterolora.bench.cases import Case
     from heterolora.bench.record import BenchRun, CaseResult
 
-__all__ = ["EPILOG", "add_arguments", "run"]
+__all__ = ["EPILOG", "RESULTS", "add_arguments", "run"]
 
 EPILOG = """\
 examples:
@@ -19,20 +19,37 @@ examples:
   heterolora bench --quick
   heterolora bench --case 'minilm-*' --rounds 15 --json minilm.json
   heterolora bench --compile --out bench/results
-  heterolora bench --report bench/results
+  heterolora bench report bench/results --html bench.html --png plots
   heterolora bench --explain --case 'linears-*' --device H100
 """
 
+RESULTS = Path(__file__).resolve().parent / "results"
 _ROUNDS, _QUICK_ROUNDS = 15, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=("run", "report"),
+        default="run",
+        help="run cases (default), or report: print the tables of result files",
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="report: the folder of result files (default: those that come with heterolora)",
+    )
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument(
         "--case",
         action="append",
         metavar="NAME",
-        help="case to run, or a pattern such as 'minilm-*'; may be repeated (default: all)",
+        help="case to run, or a pattern such as 'minilm-*'; may be repeated (default: all that "
+        "suit the device)",
     )
     parser.add_argument(
         "--rounds", type=int, metavar="N", help=f"timed rounds a case (default: {_ROUNDS})"
@@ -58,8 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write DIR/<device>/<case>.json for each case"
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="report: write one HTML page")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="report: write the plots")
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="print a Markdown table of the files in DIR"
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="report: bring the numbers between the <!-- bench:... --> marks of FILE up to date",
     )
     parser.add_argument(
         "--explain",
@@ -84,10 +106,8 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
     from heterolora.bench import cases, report
 
     out = Console()
-    if args.report is not None:
-        # Not through the console: a Markdown table must not be wrapped to the terminal.
-        print(report.markdown_table(report.read_folder(args.report)), end="")
-        return 0
+    if args.action == "report":
+        return _report(args)
     if args.list:
         width = max(map(len, cases.CASES))
         for case in cases.CASES.values():
@@ -99,18 +119,20 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
 
     import torch
 
-    from heterolora.bench import harness, record
+    from heterolora.bench import explain, harness, record
 
-    chosen = cases.select(args.case, quick=args.quick)
     rounds = args.rounds if args.rounds is not None else _QUICK_ROUNDS if args.quick else _ROUNDS
     if rounds < 1:
         raise harness.BenchError(f"--rounds must be at least 1, not {rounds}")
     device = _device(args.device)
+    chosen = cases.select(args.case, quick=args.quick, device=device.type)
     for target in filter(None, (args.json, args.out)):
         _check_writable(target)
 
     with harness.cpu_threads(args.threads):
-        measured = record.BenchRun(record.environment(device, argv), [])
+        found = record.environment(device, argv)
+        found["ceilings"] = explain.ceilings(device, scale=1 / 16 if args.quick else 1.0)
+        measured = record.BenchRun(found, [])
         for result in _results(chosen, rounds, device, args.compile):
             measured.results.append(result)
             _print_result(out, result)
@@ -125,6 +147,25 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return _status(measured)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from heterolora.bench import page, plots, readme, report
+
+    runs = report.read_folder(args.folder)
+    if args.html is not None:
+        _check_writable(args.html)
+        page.write_page(runs, args.html)
+    if args.png is not None:
+        _check_writable(args.png)
+        plots.write_pngs(runs, args.png)
+    if args.readme is not None:
+        text = args.readme.read_text(encoding="utf-8")
+        args.readme.write_text(readme.update(text, runs), encoding="utf-8")
+    if args.html is args.png is args.readme is None:
+        # Not through the console: a Markdown table must not be wrapped to the terminal.
+        print(report.markdown_table(runs), end="")
+    return 0
 
 
 def _explain(args: argparse.Namespace, out: "Console") -> int:
@@ -142,7 +183,7 @@ def _explain(args: argparse.Namespace, out: "Console") -> int:
     explained = []
     with harness.cpu_threads(args.threads):
         for case in chosen:
-            dtype = explain.dtype_of(case)
+            dtype = case.torch_dtype
             if dtype not in devices:
                 devices[dtype] = (
                     explain.named_device(args.device)
@@ -165,7 +206,7 @@ def _results(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from heterolora.bench import cases
+    from heterolora.bench import runner
 
     with Progress(
         TextColumn("{task.description}"),
@@ -188,7 +229,7 @@ def _results(
                 progress.update(task, completed=count)
                 progress.refresh()
 
-            result = cases.run_case(
+            result = runner.run_case(
                 case,
                 device=device,
                 rounds=rounds,
@@ -218,7 +259,7 @@ def _print_result(out: "Console", result: "CaseResult") -> None:
     out.print(table)
     gate = result.parity
     out.print(
-        Text(f"parity: loss {gate.loss:.2g}, worst gradient {gate.gradient:.2g} ({gate.rule})")
+        Text(f"parity: output {gate.output:.2g}, worst gradient {gate.gradient:.2g} ({gate.rule})")
     )
     for name, why in result.failed.items():
         out.print(Text(f"{name} could not run: {why}", style="red"))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from heterolora.bench import cases, models, record
+from heterolora.bench import peers, record
 from heterolora.bench.harness import BenchError, stopwatch_for
 from heterolora.kernels.cost import Estimate, LowRank, Problem, estimate, fastest
 from heterolora.kernels.devices import HOST, PEAKS, Device, device_for
@@ -32,8 +32,8 @@ __all__ = [
     "Device",
     "GroupExplained",
     "as_json",
+    "ceilings",
     "device_line",
-    "dtype_of",
     "explain_case",
     "measure_device",
     "named_device",
@@ -131,11 +131,11 @@ def _choice(
 
 def _problems(case: "Case") -> dict[Problem, list[tuple[str, ...]]]:
     """The distinct shapes among the case's groups, in model order, and who has them."""
-    load = case.build(dtype_of(case), torch.device("cpu"))
-    ranks = cases._RANKS[case.ranks](load.targets)
+    load = case.build(case.torch_dtype, torch.device("cpu"))
+    ranks = case.ranks_of(load.targets)
     with_bias = {name: load.model.get_submodule(name).bias is not None for name in load.targets}
     shapes, tokens = load.targets, load.tokens
-    groups = models.build_step("fused", load, ranks).fuse_report.groups
+    groups = peers.build_step("fused", load, ranks).fuse_report.groups
     group_of = {name: group for group in groups for name in group}
     found: dict[Problem, list[tuple[str, ...]]] = {}
     for group in dict.fromkeys(group_of.get(name, (name,)) for name in shapes):
@@ -144,7 +144,7 @@ def _problems(case: "Case") -> dict[Problem, list[tuple[str, ...]]]:
             (shapes[group[0]][0],),
             tuple(shapes[name][1] for name in group),
             tuple(LowRank(ranks[name], i) for i, name in enumerate(group)),
-            itemsize=dtype_of(case).itemsize,
+            itemsize=case.torch_dtype.itemsize,
             # PEFT keeps adapters in float32.
             factor_itemsize=4,
             bias=any(with_bias[name] for name in group),
@@ -160,10 +160,6 @@ def _measured(path: Path, case: str) -> dict[str, float]:
     if not timings:
         return {}
     return {name: timings[0].summary(name).milliseconds / 1e3 for name in timings[0].seconds}
-
-
-def dtype_of(case: "Case") -> torch.dtype:
-    return cases._DTYPES[case.dtype]
 
 
 def device_line(device: Device, dtype: torch.dtype, *, on_gpu: bool) -> str:
@@ -265,6 +261,12 @@ def _launch_seconds(call: Callable[[], object], device: torch.device, count: int
             call()
         best = min(best, (clock() - started) / count)
     return best if best > 0 else HOST
+
+
+def ceilings(device: torch.device, *, scale: float = 1.0) -> dict[str, Any]:
+    """{"bandwidth": B/s, "flops": {"fp32", "bf16": FLOP/s}}, measured by :func:`measure_device`."""
+    found = measure_device(device, torch.bfloat16, scale=scale)
+    return {"bandwidth": found.bandwidth, "flops": {"fp32": found.flops32, "bf16": found.flops}}
 
 
 def print_explained(out: "Console", explained: CaseExplained) -> None:

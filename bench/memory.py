@@ -14,7 +14,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["MemoryUse", "peak_bytes", "resident_bytes", "saved_bytes"]
+__all__ = [
+    "MemoryUse",
+    "peak_bytes",
+    "resident_bytes",
+    "saved_bytes",
+    "without_profiler_marks",
+]
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with (
-        _without_profiler_marks(),
+        without_profiler_marks(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         step()
@@ -74,7 +80,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 @contextlib.contextmanager
-def _without_profiler_marks() -> Iterator[None]:
+def without_profiler_marks() -> Iterator[None]:
     """Drops the "USDT:" lines that the profiler library writes to stderr; all else there is kept.
 
     The library reads its log level from the environment when torch is loaded: too late to set it.

@@ -2,7 +2,6 @@
 ran.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heterolora.bench.models import Step, adapter_parameters
+from heterolora.bench.steps import Step, adapter_parameters
 
-__all__ = ["Parity", "check_parity", "fusion_problem"]
+__all__ = ["Parity", "check_parity", "fusion_problem", "ran"]
 
 FP32_LIMIT = 1e-5
 LOW_PRECISION_FACTOR = 2.0
@@ -28,74 +27,93 @@ class Parity:
         green: whether the case may be timed.
         reason: why not; empty when green.
         rule: what the two numbers are and what limit they had to keep.
-        loss: error of the loss, see `rule`; None when not finite or not reached.
-        gradient: worst error over all adapter factors, see `rule`; None when not finite or not
-            reached.
+        output: worst error of the outputs (for a model, the loss), see `rule`; None when not finite
+            or not reached.
+        gradient: worst error over all adapter factors and inputs that get a gradient, see `rule`;
+            None when not finite or not reached.
     """
 
     green: bool
     reason: str = ""
     rule: str = ""
-    loss: float | None = None
+    output: float | None = None
     gradient: float | None = None
 
 
-def check_parity(peft: Step, fused: Step) -> Parity:
-    """Compares loss and every adapter gradient of `fused` with those of `peft`, same weights,
-    batch.
+def check_parity(
+    peft: Step, fused: Step, lowp: Step | None = None, *, covers_all: bool = True
+) -> Parity:
+    """Compares outputs and every gradient of `fused` with those of `peft`, same weights, batch.
 
-    fp32: relative difference to PEFT (Frobenius norm, factor by factor) at most 1e-5. bf16, fp16:
+    fp32: relative difference to PEFT (Frobenius norm, tensor by tensor) at most 1e-5. bf16, fp16:
     error against a float64 copy of the PEFT model at most twice the error that PEFT itself makes.
+
+    Args:
+        lowp: PEFT with adapters in the base dtype, whose error then is the measure in bf16 and
+            fp16. For a layer alone: with exact x and dY, as no model ever has them, float32
+            adapters make the factors' gradients exact to float32.
+        covers_all: `fused` comes from `heterolora.fuse`, whose report has to name every layer;
+            otherwise it is only counted that every adapter went through the op.
     """
     low_precision = _base_dtype(peft.module) in (torch.bfloat16, torch.float16)
     # Groups are learned during the first pass; what is timed, and so what is checked, comes after.
-    _loss_and_gradients(fused)
+    _outputs_and_gradients(fused)
     calls = _FusedCalls()
     with calls:
-        fused_loss, fused_gradients = _loss_and_gradients(fused)
-    problem = fusion_problem(fused, calls.adapters)
+        found, found_gradients = _outputs_and_gradients(fused)
+    problem = fusion_problem(fused, calls.adapters, covers_all=covers_all)
     if problem:
         return Parity(False, problem)
-    peft_loss, peft_gradients = _loss_and_gradients(peft)
-    if fused_gradients.keys() != peft_gradients.keys():
-        odd = sorted(fused_gradients.keys() ^ peft_gradients.keys())
+    theirs, their_gradients = _outputs_and_gradients(peft)
+    if found_gradients.keys() != their_gradients.keys():
+        odd = sorted(found_gradients.keys() ^ their_gradients.keys())
         return Parity(False, f"gradients on one side only: {', '.join(odd[:3])}")
     if not low_precision:
         rule = f"relative difference to PEFT, limit {FP32_LIMIT:g}"
-        loss = _relative(fused_loss, peft_loss)
-        worst, gradient = _worst(fused_gradients, peft_gradients)
-        return _verdict(rule, FP32_LIMIT, loss, worst, gradient)
+        _, output = _worst(found, theirs)
+        worst, gradient = _worst(found_gradients, their_gradients)
+        return _verdict(rule, FP32_LIMIT, output, worst, gradient)
 
-    exact_loss, exact_gradients = _loss_and_gradients(_in_float64(peft))
     rule = f"error against float64 / PEFT's own error, limit {LOW_PRECISION_FACTOR:g}"
-    # One scalar can be right by luck: PEFT's own error counts as at least one rounding step of the
-    # model's dtype.
-    step = torch.finfo(_base_dtype(peft.module)).eps
-    loss = _relative(fused_loss, exact_loss) / max(_relative(peft_loss, exact_loss), step)
-    ratios = {
-        name: _relative(fused_gradients[name], exact)
-        / max(_relative(peft_gradients[name], exact), torch.finfo(torch.float32).eps)
-        for name, exact in exact_gradients.items()
-    }
-    worst = _first_worst(ratios)
-    return _verdict(rule, LOW_PRECISION_FACTOR, loss, worst, ratios[worst])
+    if lowp is not None:
+        rule = f"error against float64 / PEFT's with bf16 adapters, limit {LOW_PRECISION_FACTOR:g}"
+        theirs, their_gradients = _outputs_and_gradients(lowp)
+    exact, exact_gradients = _outputs_and_gradients(peft.in_float64())
+    # One scalar can be right by luck: PEFT's own error counts as at least one rounding step, for an
+    # output of the model's dtype and for a gradient of float32.
+    steps = torch.finfo(_base_dtype(peft.module)).eps, torch.finfo(torch.float32).eps
+    _, output = _worst_ratio(found, theirs, exact, steps[0])
+    worst, gradient = _worst_ratio(found_gradients, their_gradients, exact_gradients, steps[1])
+    return _verdict(rule, LOW_PRECISION_FACTOR, output, worst, gradient)
 
 
-def fusion_problem(fused: Step, adapters_run: int) -> str:
+def ran(fused: Step) -> str:
+    """As :func:`fusion_problem`, of a step that is run to see."""
+    _outputs_and_gradients(fused)
+    calls = _FusedCalls()
+    with calls:
+        _outputs_and_gradients(fused)
+    return fusion_problem(fused, calls.adapters)
+
+
+def fusion_problem(fused: Step, adapters_run: int, *, covers_all: bool = True) -> str:
     """Why `fused` is not fused; empty when it covers every LoRA layer and the op ran for each."""
     from peft.tuners.lora import LoraLayer
 
     base: nn.Module = fused.module.get_base_model()  # type: ignore[operator]
     wanted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    # A shortcut's pair is an adapter without a layer of PEFT's.
+    factors = [n for n, p in adapter_parameters(base).items() if "lora_shortcut" in n]
+    adapters = len(wanted) + len(factors) // 2
     report = fused.fuse_report
     covered: Mapping[str, Any] = {} if report is None else report.fused
-    missing = sorted(wanted - set(covered))
+    missing = sorted(wanted - set(covered)) if covers_all else []
     if missing:
         declined = {} if report is None else report.declined
         why = declined.get(missing[0], "the report does not name it")
         return f"not fused: {len(missing)} of {len(wanted)} LoRA layers, first {missing[0]} ({why})"
-    if adapters_run != len(wanted):
-        return f"not fused: {adapters_run} of {len(wanted)} adapters went through the fused op"
+    if adapters_run != adapters:
+        return f"not fused: {adapters_run} of {adapters} adapters went through the fused op"
     return ""
 
 
@@ -113,25 +131,14 @@ class _FusedCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _loss_and_gradients(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+def _outputs_and_gradients(step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     step.clear_gradients()
-    loss = step.forward()
-    loss.backward()
-    gradients = {
-        name: parameter.grad.double()
-        for name, parameter in adapter_parameters(step.module).items()
-        if parameter.grad is not None
-    }
+    outputs = step.forward()
+    torch.autograd.backward(outputs, step.output_grads)
+    leaves = {**adapter_parameters(step.module), **step.inputs}
+    gradients = {name: leaf.grad.double() for name, leaf in leaves.items() if leaf.grad is not None}
     step.clear_gradients()
-    return loss.detach().double(), gradients
-
-
-def _in_float64(peft: Step) -> Step:
-    inputs = {
-        name: value.double() if value.is_floating_point() else value
-        for name, value in peft.inputs.items()
-    }
-    return Step(copy.deepcopy(peft.module).double(), inputs, peft.loss)
+    return {str(i): out.detach().double() for i, out in enumerate(outputs)}, gradients
 
 
 def _base_dtype(module: nn.Module) -> torch.dtype:
@@ -152,20 +159,34 @@ def _worst(values: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> tu
     return worst, errors[worst]
 
 
+def _worst_ratio(
+    values: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    least: float,
+) -> tuple[str, float]:
+    ratios = {
+        name: _relative(values[name], truth) / max(_relative(theirs[name], truth), least)
+        for name, truth in exact.items()
+    }
+    worst = _first_worst(ratios)
+    return worst, ratios[worst]
+
+
 def _first_worst(errors: Mapping[str, float]) -> str:
     # NaN compares as neither larger nor smaller; it has to win.
     return max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
 
 
-def _verdict(rule: str, limit: float, loss: float, worst: str, gradient: float) -> Parity:
+def _verdict(rule: str, limit: float, output: float, worst: str, gradient: float) -> Parity:
     problems = []
     # `not <=` rather than `>`: NaN is red.
-    if not loss <= limit:
-        problems.append(f"loss {loss:.3g}")
+    if not output <= limit:
+        problems.append(f"output {output:.3g}")
     if not gradient <= limit:
         problems.append(f"gradient of {worst} {gradient:.3g}")
     reason = f"parity: {', '.join(problems)} ({rule})" if problems else ""
-    return Parity(not problems, reason, rule, _finite(loss), _finite(gradient))
+    return Parity(not problems, reason, rule, _finite(output), _finite(gradient))
 
 
 def _finite(value: float) -> float | None:

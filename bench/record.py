@@ -23,31 +23,51 @@ import torch
 from heterolora.bench.harness import BenchError, Timing
 from heterolora.bench.memory import MemoryUse
 from heterolora.bench.parity import Parity
+from heterolora.bench.work import Work
 
 __all__ = ["SCHEMA_VERSION", "BenchRun", "CaseResult", "environment", "read_run", "write_run"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _KIND = "heterolora.bench"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "heterolora")
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case. `timing` is None and `memory` empty exactly when the parity gate was red.
+    """One case. `timing` is None, and `memory` and `launches` are empty, exactly when the parity
+    gate was red.
 
-    `memory` is keyed by variant, in bytes; `ranks` by module name; `failed` by the variants that
-    could not run.
+    Attributes:
+        kind: "op", "group", "layer", "model" or "scoring".
+        ranks: by module name.
+        tokens: rows that each adapted linear sees.
+        layers: transformer layers, or copies of a group, that one step runs.
+        repeats: copies of a group that one step runs, 1 for whole models: a time per group is that
+            of the step divided by it.
+        dropout: of the adapters' input, while timed.
+        work: the least that one step's adapted linears have to do, forward and backward.
+        memory: bytes, by variant.
+        launches: by variant, of one step: kernels on a GPU, operator calls on a CPU.
+        skipped: why a variant does not apply here, by variant.
+        failed: the error of each variant that should have run.
     """
 
     case: str
+    kind: str
     description: str
     shapes: dict[str, int]
     dtype: str
     ranks: dict[str, int]
     tokens: int
+    layers: int
+    repeats: int
+    dropout: float
+    work: Work
     parity: Parity
     timing: Timing | None = None
     memory: dict[str, MemoryUse] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -161,16 +181,23 @@ def _result(item: Any, where: str) -> CaseResult:
     used = _get(item, "memory", dict, where)
     result = CaseResult(
         case=_get(item, "case", str, where),
+        kind=_get(item, "kind", str, where),
         description=_get(item, "description", str, where),
         shapes=_get(item, "shapes", dict, where),
         dtype=_get(item, "dtype", str, where),
         ranks=_get(item, "ranks", dict, where),
         tokens=_get(item, "tokens", int, where),
+        layers=_get(item, "layers", int, where),
+        repeats=_get(item, "repeats", int, where),
+        dropout=float(_get(item, "dropout", (int, float), where)),
+        work=_build(Work, _get(item, "work", dict, where), f"{where}work"),
         parity=_build(Parity, _get(item, "parity", dict, where), f"{where}parity"),
         timing=None if timing is None else _timing(timing, f"{where}timing"),
         memory={
             name: _build(MemoryUse, use, f"{where}memory.{name}") for name, use in used.items()
         },
+        launches=_get(item, "launches", dict, where),
+        skipped=_get(item, "skipped", dict, where),
         failed=_get(item, "failed", dict, where),
     )
     if result.green != (result.timing is not None):
@@ -200,12 +227,13 @@ def _is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
 
 
-def _get(item: dict[str, Any], key: str, kind: type, where: str) -> Any:
+def _get(item: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
     if key not in item:
         raise BenchError(f"{where}{key}: missing")
     value = item[key]
     if not isinstance(value, kind):
-        raise BenchError(f"{where}{key}: expected {kind.__name__}, found {type(value).__name__}")
+        wanted = kind.__name__ if isinstance(kind, type) else "a number"
+        raise BenchError(f"{where}{key}: expected {wanted}, found {type(value).__name__}")
     return value
 
 

@@ -41,8 +41,8 @@ def main(folder: str) -> None:
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not by returning: DDP's destructor joins gloo's threads while it holds the interpreter lock,
-        # which a thread may need to drop the Python state it kept of the last all-reduce (torch 2.13).
+        # Not by returning: DDP's destructor waits for gloo's threads while it holds the interpreter
+        # lock, which a thread may need to drop what it kept of the last all-reduce (torch 2.13).
         os._exit(0)
 
 

@@ -80,10 +80,11 @@ def grad_norm(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     Raises:
         DataError, ModelError, ScoreError: as `batch_loss`.
     """
-    return {
-        name: sum(math.sqrt(gram.trace().item()) for gram in (score.gram_a, score.gram_b))
+    squares = {
+        name: (score.gram_a.trace(), score.gram_b.trace())
         for name, score in _scores(model, batches).items()
     }
+    return {name: math.sqrt(a) + math.sqrt(b) for name, (a, b) in _on_host(squares).items()}
 
 
 def snip(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
@@ -237,7 +238,17 @@ def _scores(model: nn.Module, batches: Iterable[Batch]) -> dict[str, BranchScore
 
 
 def _saliency(scores: dict[str, BranchScore]) -> dict[str, float]:
-    return {name: score.abs_a.item() + score.abs_b.item() for name, score in scores.items()}
+    sums = {name: (score.abs_a, score.abs_b) for name, score in scores.items()}
+    return {name: a + b for name, (a, b) in _on_host(sums).items()}
+
+
+def _on_host(
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> dict[str, tuple[float, float]]:
+    """The values of 0-dim tensors, in one transfer: a GPU is waited for once, not for each."""
+    values = [value for pair in pairs.values() for value in pair]
+    found = iter(torch.stack([value.to(values[0].device) for value in values]).tolist())
+    return {name: (next(found), next(found)) for name in pairs}
 
 
 def _require_nonzero_b(model: nn.Module, proxy: str) -> None:
@@ -282,7 +293,9 @@ def _training(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            # Setting an attribute of a module costs more than looking.
+            if module.training != mode:
+                module.training = mode
 
 
 @contextmanager

@@ -142,12 +142,8 @@ def _two_if_any(group: Group) -> int:
     return 2 if any(branch.a.shape[0] for branch in group[2]) else 0
 
 
-def _three(group: Group) -> int:
-    return 3
-
-
 OPERATIONS = {
     "group_linear": Operation(outputs_and_gradients, _result_names, _two),
     "low_rank_add": Operation(_added, _result_names, _two_if_any),
-    "group_score": Operation(_scored, _score_names, _three),
+    "group_score": Operation(_scored, _score_names, _two),
 }

@@ -13,7 +13,7 @@ from . import aten
 from .branches import operands
 from .dispatch import choose
 from .layout import Branch
-from .ops import _buckets, _gradients, _layout, _refuse_second_derivative
+from .ops import _buckets, _fake_s, _gradients, _layout, _refuse_second_derivative
 
 __all__ = ["low_rank_add"]
 
@@ -182,11 +182,8 @@ def _forward(  # type: ignore[no-untyped-def]
 def _forward_fake(  # type: ignore[no-untyped-def]
     outputs, sources, a, b, scales, branch_site, branch_source, dropout, seed, implementation
 ):
-    columns = sum(factor.shape[0] for factor in a)
-    if implementation == "triton":
-        columns = _buckets(a, branch_site, branch_source, dropout, len(outputs)).columns
-    x = sources[0]
-    return x.new_empty(x.shape[:-1].numel(), columns)
+    args = (a, branch_site, branch_source, dropout, implementation, len(outputs))
+    return _fake_s(sources[0], *args)
 
 
 class _LowRankAdd(torch.autograd.Function):

@@ -104,12 +104,12 @@ def run(case: Case, dtype: torch.dtype, launch: Launch) -> None:
     seed = _empty(dtype=torch.int64) if case.dropout else None
     outs, weights, s = _forward(case, sources, a, b, scales, layout, dropout, seed, launch)
     rest = (a, b, s, scales, layout, dropout, seed)
+    others = ["x" in case.needs] * len(sources) + ["bias" in case.needs] * len(weights)
     if case.backward:
-        needs = ["x" in case.needs] * len(sources) + ["bias" in case.needs] * len(weights)
-        needs += ["a" in case.needs] * count + ["b" in case.needs] * count
+        needs = [*others, *["a" in case.needs] * count, *["b" in case.needs] * count]
         fused.group_linear_backward(outs, sources, weights, *rest, needs, launch)
     if case.score:
-        fused.group_score(outs, sources, *rest, [], [], launch)
+        fused.group_score(outs, sources, weights, *rest, others, [], [], launch)
 
 
 def _forward(

@@ -1,8 +1,9 @@
 """The group ops by matmul and addmm: the CPU path, and the baseline a Triton kernel has to beat.
 
-The low-rank product is written first and the base matmul accumulates onto it (beta = 1), so no
-intermediate of the size of the output is ever made. A and B are cast to the dtype of x; x, the
-large one, never is.
+The low-rank product is written first and the base matmul accumulates onto it (beta = 1), or the
+other way round where oneDNN computes the base; so no intermediate of the size of the output is ever
+made. A and B are cast to the dtype of x; x, the large one, never is. S and dS lie in memory column
+by column, because a CPU is faster at products with a few long rows than with a few long columns.
 """
 
 import math
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import GroupLayout
+from . import onednn
+from .layout import Columns, GroupLayout
 
 __all__ = ["group_linear", "group_linear_backward", "low_rank_add"]
 
@@ -43,22 +45,23 @@ def group_linear(
     s = _shrink(sources, a, layout)
     outputs = []
     for weight, bias, branches in zip(weights, biases, layout.by_site, strict=True):
-        # Written through a view: the output itself must not be one, or autograd would refuse to
-        # let the caller change it in place.
-        y = x.new_empty(*sources[0].shape[:-1], weight.shape[0])
-        rows = _rows(y)
         products = [
-            (s[:, slice(*layout.branch[j])], _scaled_b_t(b[j], scales[j], x.dtype))
-            for j in branches
+            (_columns(s, layout.branch[j]), b[j].to(x.dtype).t(), scales[j]) for j in branches
         ]
-        products.append((x, weight.t()))
-        if bias is None:
-            torch.mm(*products[0], out=rows)
+        if onednn.preferred(x, weight):
+            y = onednn.linear(x, weight, bias)
         else:
-            torch.addmm(bias, *products[0], out=rows)
-        for left, right in products[1:]:
-            rows.addmm_(left, right)
-        outputs.append(y)
+            y = x.new_empty(x.shape[0], weight.shape[0])
+            products.append((x, weight.t(), 1.0))
+            left, right, scale = products.pop(0)
+            if bias is None:
+                y.addmm_(left, right, beta=0, alpha=scale)
+            else:
+                torch.addmm(bias, left, right, alpha=scale, out=y)
+        for left, right, scale in products:
+            y.addmm_(left, right, alpha=scale)
+        # Not a view for autograd, which else would not let the caller change the output in place.
+        outputs.append(torch.ops.aten._unsafe_view(y, [*sources[0].shape[:-1], y.shape[1]]))
     return outputs, s
 
 
@@ -83,8 +86,7 @@ def low_rank_add(
     for y, branches in zip(outputs, layout.by_site, strict=True):
         rows = y.view(s.shape[0], y.shape[-1])
         for j in branches:
-            columns = slice(*layout.branch[j])
-            rows.addmm_(s[:, columns], _scaled_b_t(b[j], scales[j], s.dtype))
+            rows.addmm_(_columns(s, layout.branch[j]), b[j].to(s.dtype).t(), alpha=scales[j])
     return s
 
 
@@ -118,60 +120,90 @@ def group_linear_backward(
     need_a, need_b = needs[q + p : q + p + t], needs[q + p + t :]
 
     ds = torch.empty_like(s)
-    d_b = [torch.zeros_like(b[j]) if need_b[j] else None for j in range(t)]
+    d_b: list[Tensor | None] = [None] * t
     for grad, branches in zip(dy, layout.by_site, strict=True):
         for j in branches:
-            columns = slice(*layout.branch[j])
+            columns = layout.branch[j]
             if grad is None:
-                ds[:, columns].zero_()
+                _columns(ds, columns).zero_()
                 continue
-            torch.mm(grad, _scaled_b_t(b[j], scales[j], s.dtype).t(), out=ds[:, columns])
+            scaled = _scaled_b_t(b[j], scales[j], s.dtype)
+            torch.mm(grad, scaled.t(), out=_columns(ds, columns))
             if need_b[j]:
                 # As (S^T dY)^T: on a CPU the wide product is up to six times faster than the tall.
-                d_b_t = torch.mm(s[:, columns].t(), grad)
-                torch.mul(d_b_t.to(b[j].dtype).t(), scales[j], out=d_b[j])
+                d_b_t = torch.mm(_columns(s, columns).t(), grad)
+                d_b[j] = torch.mul(d_b_t.t(), scales[j], out=_like(b[j]))
 
-    d_a = [torch.zeros_like(a[j]) if need_a[j] else None for j in range(t)]
+    d_a: list[Tensor | None] = [None] * t
     d_source: list[Tensor | None] = [None] * q
     for i, (source, branches) in enumerate(zip(sources, layout.by_source, strict=True)):
-        start, stop = layout.source[i]
+        span = layout.source[i]
         if any(need_a[j] for j in branches):
-            stacked = torch.mm(ds[:, start:stop].t(), _rows(source))
+            stacked = torch.mm(_columns(ds, span).t(), _rows(source))
             for j in branches:
                 if need_a[j]:
-                    part = stacked[layout.branch[j].start - start : layout.branch[j].stop - start]
+                    part = stacked[layout.branch[j].start - span.start :][: a[j].shape[0]]
                     # Autograd keeps this as .grad; a view would keep the whole stack with it.
                     d_a[j] = part.to(a[j].dtype, copy=len(branches) > 1)
         if need_source[i]:
-            grad = None
+            low_rank = None
             if branches:
-                grad = torch.mm(ds[:, start:stop], _stack([a[j] for j in branches], s.dtype))
-            for grad_output, weight in bases if i == 0 else ():
-                if grad_output is None:
-                    continue
-                if grad is None:
-                    grad = torch.mm(grad_output, weight)
-                else:
-                    grad.addmm_(grad_output, weight)
-            if grad is None:
-                grad = s.new_zeros(source.shape)
-            d_source[i] = grad.view(source.shape)
+                low_rank = _columns(ds, span), _stack([a[j] for j in branches], s.dtype)
+            found = _d_source(low_rank, bases if i == 0 else ())
+            d_source[i] = s.new_zeros(source.shape) if found is None else found.view(source.shape)
 
     d_bias = [
         None if not need else weight.new_zeros(weight.shape[0]) if grad is None else grad.sum(0)
         for need, (grad, weight) in zip(need_bias, bases, strict=True)
     ]
+    for grads_of, factors, flags in ((d_a, a, need_a), (d_b, b, need_b)):
+        for j, factor in enumerate(factors):
+            if flags[j] and grads_of[j] is None:
+                grads_of[j] = torch.zeros_like(factor)
     return [grad for grad in (*d_source, *d_bias, *d_a, *d_b) if grad is not None]
+
+
+def _d_source(
+    low_rank: tuple[Tensor, Tensor] | None, bases: Sequence[tuple[Tensor | None, Tensor]]
+) -> Tensor | None:
+    """dS A + sum of dY_i W_i [m, k], or None where nothing depends on the source.
+
+    Args:
+        low_rank: dS [m, columns] and the stacked A [columns, k].
+        bases: dY [m, n_i] or None, and W [n_i, k].
+    """
+    live = [(dy, weight) for dy, weight in bases if dy is not None]
+    if live and all(onednn.preferred(dy, weight) for dy, weight in live):
+        (dy, weight), *others = live
+        total = onednn.matmul(dy, weight)
+        for dy, weight in others:
+            total = onednn.add_matmul(total, dy, weight)
+        return total if low_rank is None else total.addmm_(*low_rank)
+    products = live if low_rank is None else [low_rank, *live]
+    if not products:
+        return None
+    total = torch.mm(*products[0])
+    for left, right in products[1:]:
+        total.addmm_(left, right)
+    return total
 
 
 def _shrink(sources: Sequence[Tensor], a: Sequence[Tensor], layout: GroupLayout) -> Tensor:
     x = _rows(sources[0])
-    s = x.new_empty(x.shape[0], layout.columns)
-    for source, branches, columns in zip(sources, layout.by_source, layout.source, strict=True):
+    s = x.new_empty(layout.columns, x.shape[0]).t()
+    for source, branches, span in zip(sources, layout.by_source, layout.source, strict=True):
         if branches:
             stacked = _stack([a[j] for j in branches], x.dtype)
-            torch.mm(_rows(source), stacked.t(), out=s[:, slice(*columns)])
+            torch.mm(_rows(source), stacked.t(), out=_columns(s, span))
     return s
+
+
+def _columns(s: Tensor, span: Columns) -> Tensor:
+    return s if span.stop - span.start == s.shape[1] else s[:, span.start : span.stop]
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -183,10 +215,9 @@ def _stack(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_b_t(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """B^T [r, n] times the scale, contiguous.
+    """B^T [r, n] times the scale, contiguous, rounded once.
 
-    Scaled in the parameter's own precision: B is small, and rounding it twice is not. Transposed in
-    memory because dY B is up to three times faster on a CPU when B's columns are contiguous.
+    Transposed in memory because dY B is up to three times faster on a CPU when B's columns are
+    contiguous.
     """
-    scaled = b.new_empty(b.shape[1], b.shape[0])
-    return torch.mul(b.t(), scale, out=scaled).to(dtype)
+    return torch.mul(b.t(), scale, out=b.new_empty(b.shape[1], b.shape[0], dtype=dtype))

@@ -1,6 +1,6 @@
-"""Statistics of a group's gradients by matmul: `spec.group_score` without keeping a gradient.
+"""A group's backward pass by matmul that measures dA and dB: `spec.group_score`.
 
-The gradients of one batch are products in the dtype of x, as in the backward pass; sums over
+The gradients of one batch are those of the backward pass, products in the dtype of x; sums over
 batches and the statistics are float32, or float64 where x is.
 """
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .aten import _rows, _scaled_b_t
-from .layout import GroupLayout
+from .aten import _rows, group_linear_backward
+from .layout import GroupLayout, group_layout
 from .spec import BranchScore
 
 __all__ = ["branch_score", "group_score", "statistics_dtype"]
@@ -31,63 +31,107 @@ def branch_score(a: Tensor, b: Tensor, d_a: Tensor, d_b: Tensor) -> BranchScore:
     """
     # The casts to a lower precision that a surrounding autocast would make are not wanted here.
     with torch.autocast(d_a.device.type, enabled=False):
-        return BranchScore(
-            gram_a=torch.mm(d_a, d_a.t()),
-            gram_b=torch.mm(d_b.t(), d_b),
-            abs_a=(a * d_a).abs().sum(dtype=d_a.dtype),
-            abs_b=(b * d_b).abs().sum(dtype=d_b.dtype),
-        )
+        return _branch_score(a, b, d_a, d_b)
 
 
 def group_score(
     grads: Sequence[Tensor | None],
     sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     s: Tensor,
     scales: Sequence[float],
     layout: GroupLayout,
+    needs: Sequence[bool],
     previous_a: Sequence[Tensor],
     previous_b: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Statistics of the gradients of A and B of every branch.
+    """Backward of a group that measures the gradients of A and B of every branch.
 
     Args:
         grads: dY [..., n_i] for each site; None for an output that nothing depends on.
-        sources, a, b, s, scales, layout: as `aten.group_linear_backward`.
+        sources, weights, a, b, s, scales, layout: as `aten.group_linear_backward`; no b at all
+            means that every B is zero, and then the branches add nothing to dX, and dA is zero.
+        needs: one flag for each source, then each site's bias.
         previous_a: [r_j, k_source] for each branch, what to add to dA; or empty.
         previous_b: [n_site, r_j] for each branch, what to add to dB; or empty.
 
     Returns:
-        gram_a, gram_b, abs_a and abs_b of the first branch, then of the second, and so on.
+        The gradients whose flag is set, in that order; then gram_a, gram_b, abs_a and abs_b of the
+        first branch, of the second, and so on.
     """
     dtype = statistics_dtype(s.dtype)
-    ds = torch.empty_like(s)
-    d_a = [a_j.new_zeros(a_j.shape, dtype=dtype) for a_j in a]
-    d_b = [b_j.new_zeros(b_j.shape, dtype=dtype) for b_j in b]
     with torch.autocast(s.device.type, enabled=False):
-        for grad, branches in zip(grads, layout.by_site, strict=True):
-            for j in branches:
-                columns = slice(*layout.branch[j])
-                if grad is None:
-                    ds[:, columns].zero_()
-                    continue
-                dy = _rows(grad)
-                torch.mm(dy, _scaled_b_t(b[j], scales[j], s.dtype).t(), out=ds[:, columns])
-                # As (S^T dY)^T, as in the backward pass.
-                d_b[j] = torch.mm(s[:, columns].t(), dy).t().to(dtype) * scales[j]
-        for source, branches, (start, stop) in zip(
-            sources, layout.by_source, layout.source, strict=True
-        ):
-            if branches:
-                stacked = torch.mm(ds[:, start:stop].t(), _rows(source)).to(dtype)
-                for j in branches:
-                    first, last = layout.branch[j]
-                    d_a[j] = stacked[first - start : last - start]
-    found = []
-    for j in range(len(a)):
-        if previous_a:
-            d_a[j], d_b[j] = d_a[j] + previous_a[j], d_b[j] + previous_b[j]
-        score = branch_score(a[j], b[j], d_a[j], d_b[j])
-        found += [score.gram_a, score.gram_b, score.abs_a, score.abs_b]
+        find = _gradients if b else _gradients_at_zero
+        found, d_a, d_b = find(grads, sources, weights, a, b, s, scales, layout, needs)
+        for j, factor in enumerate(a):
+            of_a, of_b = d_a[j], d_b[j]
+            # What is zero as one column, which broadcasts.
+            zero = s.new_zeros(len(factor), 1, dtype=dtype)
+            of_a = zero if of_a is None else of_a
+            of_b = zero.t() if of_b is None else of_b
+            if previous_a:
+                of_a, of_b = of_a + previous_a[j], of_b + previous_b[j]
+            score = _branch_score(factor, b[j] if b else zero.t(), of_a, of_b)
+            found += [score.gram_a, score.gram_b, score.abs_a, score.abs_b]
     return found
+
+
+def _branch_score(a: Tensor, b: Tensor, d_a: Tensor, d_b: Tensor) -> BranchScore:
+    return BranchScore(
+        gram_a=torch.mm(d_a, d_a.t()),
+        gram_b=torch.mm(d_b.t(), d_b),
+        abs_a=torch.linalg.vector_norm(a * d_a, 1),
+        abs_b=torch.linalg.vector_norm(b * d_b, 1),
+    )
+
+
+def _gradients(
+    grads: Sequence[Tensor | None],
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scales: Sequence[float],
+    layout: GroupLayout,
+    needs: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """Gradients of sources and biases, of every A, and of every B."""
+    t, dtype = len(a), statistics_dtype(s.dtype)
+    # Gradients come in the dtype of their factor, and these are not to be rounded.
+    wide = [factor.to(dtype) for factor in (*a, *b)]
+    flags = [*needs, *[True] * (2 * t)]
+    found = group_linear_backward(
+        grads, sources, weights, wide[:t], wide[t:], s, scales, layout, flags
+    )
+    others = len(found) - 2 * t
+    return found[:others], [*found[others : others + t]], [*found[others + t :]]
+
+
+def _gradients_at_zero(
+    grads: Sequence[Tensor | None],
+    sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    s: Tensor,
+    scales: Sequence[float],
+    layout: GroupLayout,
+    needs: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """The same where every B is zero; None for what is zero too."""
+    dtype = statistics_dtype(s.dtype)
+    bare = group_layout((), (), (), sites=len(grads), sources=len(sources))
+    found = group_linear_backward(grads, sources, weights, (), (), s[:, :0], (), bare, needs)
+    d_b: list[Tensor | None] = [None] * len(a)
+    for grad, branches in zip(grads, layout.by_site, strict=True):
+        if grad is None:
+            continue
+        dy = _rows(grad)
+        for j in branches:
+            # As (S^T dY)^T, as in the backward pass.
+            d_b_t = torch.mm(s[:, slice(*layout.branch[j])].t(), dy)
+            d_b[j] = d_b_t.to(dtype).t() * scales[j]
+    return found, [None] * len(a), d_b

@@ -191,20 +191,17 @@ def aten_steps(p: Problem) -> _Passes:
     for i, n in enumerate(p.sites):
         site = p.at(i)
         for first, b in enumerate(site):
-            forward += _scaled_b(n, b.rank, e, f)
-            forward.append(_mm("S B", m, b.rank, n, e, beta=first > 0, bias=p.bias and not first))
-            backward += _scaled_b(n, b.rank, e, f)
-            backward += [_mm("dS", m, n, b.rank, e), _mm("dB", b.rank, m, n, e)]
-            backward.append(_map("fill and scale dB", n * b.rank, f, 2 * f, launches=2))
             if e != f:
-                backward.append(_map("cast dB", n * b.rank, e, f))
+                forward.append(_map("cast B", n * b.rank, f, e))
+            forward.append(_mm("S B", m, b.rank, n, e, beta=first > 0, bias=p.bias and not first))
+            backward.append(_map("scale and cast B", n * b.rank, f, e))
+            backward += [_mm("dS", m, n, b.rank, e), _mm("dB", b.rank, m, n, e)]
+            backward.append(_map("scale and cast dB", n * b.rank, e, f))
         forward.append(_mm("base", m, p.sources[0], n, e, beta=bool(site), bias=p.bias))
     for i, (k, branches) in enumerate(zip(sources, inputs, strict=True)):
         ranks = sum(_ranks(branches))
         if branches:
             backward.append(_mm("dA", ranks, m, k, e))
-            # Each dA is filled with zeros first; it is then the product itself if that fits.
-            backward.append(_map("fill dA", ranks * k, 0, f, launches=len(branches)))
             if e != f or len(branches) > 1:
                 backward.append(_map("copy dA", ranks * k, e, f, launches=len(branches)))
         if not p.input_grad:
@@ -316,12 +313,6 @@ def _stack(branches: Sequence[LowRank], k: int, e: int, f: int) -> list[Step]:
     elements = sum(_ranks(branches)) * k
     steps = [_map("stack A", elements, f, f)] if len(branches) > 1 else []
     return steps + ([_map("cast A", elements, f, e)] if e != f else [])
-
-
-def _scaled_b(n: int, r: int, e: int, f: int) -> list[Step]:
-    if e == f:
-        return [_map("scale B", n * r, f, f)]
-    return [_map("scale and cast B", n * r, 2 * f, f + e, launches=2)]
 
 
 def _pack(p: Problem, layout: BucketLayout) -> Step:

@@ -169,6 +169,7 @@ def group_linear_backward(
 def group_score(
     grads: Sequence[Tensor | None],
     sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     s: Tensor,
@@ -176,34 +177,48 @@ def group_score(
     layout: BucketLayout,
     dropout: Sequence[float],
     seed: Tensor | None,
+    needs: Sequence[bool],
     previous_a: Sequence[Tensor],
     previous_b: Sequence[Tensor],
     launch: Launch | None = None,
 ) -> list[Tensor]:
-    """Statistics of the gradients of A and B of every branch; as `aten_score.group_score`.
+    """Backward of a group that measures the gradients of A and B; as `aten_score.group_score`.
 
     Args:
-        grads, sources, a, b, s: as `group_linear_backward`.
+        grads, sources, weights, a, b, s: as `group_linear_backward`.
+        needs: one flag for each source, then each site's bias.
         previous_a, previous_b: for each branch what to add to dA and dB; or empty.
 
     Returns:
-        gram_a, gram_b, abs_a and abs_b of the first branch, then of the second, and so on. No
-        gradient is written, except of ranks above `score.LARGEST_RANK`.
+        The gradients whose flag is set, in that order; then gram_a, gram_b, abs_a and abs_b of the
+        first branch, of the second, and so on. No gradient of A or B is written, except of ranks
+        above `score.LARGEST_RANK`.
     """
     launch = launch or launch_for(s)
-    rows = [_rows(source) for source in sources]
-    dys = _grad_rows(grads, (), b, layout, s)
     if max((factor.shape[0] for factor in a), default=0) > LARGEST_RANK or not s.numel():
         return _score_from_gradients(
-            grads, sources, a, b, s, scales, layout, dropout, seed, previous_a, previous_b, launch
-        )
-    index64 = _index64(launch, layout, [*rows, *dys])
+            grads, sources, weights, a, b, s, scales, layout, dropout, seed, needs,
+            previous_a, previous_b, launch,
+        )  # fmt: skip
+    rows = [_rows(source) for source in sources]
+    dys = _grad_rows(grads, weights, b, layout, s)
+    wanted = [i for i in range(len(sources)) if needs[i]]
+    outs = [_room(rows[i]) for i in wanted]
+    index64 = _index64(launch, layout, [*rows, *outs, *dys, *weights])
     packed = _pack(a, b, scales, layout, s, launch)
     ds, _ = grads_of_s_and_b(
         dys, s, packed, layout, launch, need_ds=True, need_db=False, index64=index64
     )
+    if wanted:
+        reads = {segment.source for segment in layout.segments}.intersection(wanted)
+        ks = [r.shape[1] for r in rows]
+        table = segments(layout, packed, ks, dropout) if reads else None
+        dx(dys, weights, ds, packed, table, seed, outs, wanted, launch, index64=index64)
+    found = [out.reshape(sources[i].shape) for i, out in zip(wanted, outs, strict=True)]
+    need_bias = needs[len(sources) :]
+    found += [dy.sum(0) for dy, need in zip(dys, need_bias, strict=False) if need]
     ranked = [j for j in range(len(a)) if a[j].shape[0]]
-    found = [
+    scores = [
         s.new_zeros(shape, dtype=statistics_dtype(s.dtype))
         for _ in a
         for shape in ((0, 0), (0, 0), (), ())
@@ -224,14 +239,15 @@ def group_score(
             index64=index64,
         )
         for j, gram, total in zip(ranked, grams, sums, strict=True):
-            found[4 * j + (0 if by_rank else 1)] = gram
-            found[4 * j + (2 if by_rank else 3)] = total
-    return found
+            scores[4 * j + (0 if by_rank else 1)] = gram
+            scores[4 * j + (2 if by_rank else 3)] = total
+    return found + scores
 
 
 def _score_from_gradients(
     grads: Sequence[Tensor | None],
     sources: Sequence[Tensor],
+    weights: Sequence[Tensor],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     s: Tensor,
@@ -239,20 +255,22 @@ def _score_from_gradients(
     layout: BucketLayout,
     dropout: Sequence[float],
     seed: Tensor | None,
+    needs: Sequence[bool],
     previous_a: Sequence[Tensor],
     previous_b: Sequence[Tensor],
     launch: Launch,
 ) -> list[Tensor]:
     dtype, t = statistics_dtype(s.dtype), len(a)
     # Factors of the wider dtype, whose gradients then are not rounded.
-    needs = [False] * len(sources) + [True] * (2 * t)
     wide_a, wide_b = ([factor.to(dtype) for factor in some] for some in (a, b))
+    flags = [*needs, *[True] * (2 * t)]
     found = group_linear_backward(
-        grads, sources, (), wide_a, wide_b, s, scales, layout, dropout, seed, needs, launch
+        grads, sources, weights, wide_a, wide_b, s, scales, layout, dropout, seed, flags, launch
     )
-    flat = []
+    others = len(found) - 2 * t
+    flat = found[:others]
     for j in range(t):
-        d_a, d_b = found[j], found[t + j]
+        d_a, d_b = found[others + j], found[others + t + j]
         if previous_a:
             d_a, d_b = d_a + previous_a[j], d_b + previous_b[j]
         of_branch = branch_score(a[j], b[j], d_a, d_b)

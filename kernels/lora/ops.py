@@ -217,10 +217,18 @@ def _forward_fake(  # type: ignore[no-untyped-def]
 ):
     x = sources[0]
     outputs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    columns = sum(factor.shape[0] for factor in a)
+    args = (a, branch_site, branch_source, dropout, implementation, len(weights))
+    return outputs, _fake_s(x, *args)
+
+
+def _fake_s(  # type: ignore[no-untyped-def]
+    x, a, branch_site, branch_source, dropout, implementation, sites
+):
+    m = math.prod(x.shape[:-1])
     if implementation == "triton":
-        columns = _buckets(a, branch_site, branch_source, dropout, len(weights)).columns
-    return outputs, x.new_empty(math.prod(x.shape[:-1]), columns)
+        return x.new_empty(m, _buckets(a, branch_site, branch_source, dropout, sites).columns)
+    # Column by column in memory, as `aten` writes it.
+    return x.new_empty(sum(factor.shape[0] for factor in a), m).t()
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

@@ -1,4 +1,7 @@
-"""The score op: a backward pass whose gradients of A and B become statistics instead of tensors."""
+"""The score op: a backward pass whose gradients of A and B become statistics instead of tensors.
+
+It gives the other gradients as well, so that dS = s dY B, which dX and dA share, is computed once.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten_score
+from . import aten, aten_score
 from .layout import Branch, Site
 from .ops import _buckets, _flat, _gradients, _GroupLinear, _layout, _prepare, _saved
 from .spec import BranchScore
@@ -18,9 +21,10 @@ Previous = Sequence[tuple[Tensor | None, Tensor | None]]
 
 _LIBRARY = torch.library.Library("heterolora", "FRAGMENT")
 _LIBRARY.define(
-    "group_score(Tensor?[] grads, Tensor[] sources, Tensor[] a, Tensor[] b, Tensor s, "
-    "float[] scales, int[] branch_site, int[] branch_source, float[] dropout, Tensor? seed, "
-    "str implementation, Tensor[] previous_a, Tensor[] previous_b) -> Tensor[]"
+    "group_score(Tensor?[] grads, Tensor[] sources, Tensor[] weights, Tensor[] a, Tensor[] b, "
+    "Tensor s, float[] scales, int[] branch_site, int[] branch_source, float[] dropout, "
+    "Tensor? seed, str implementation, bool[] needs, Tensor[] previous_a, Tensor[] previous_b) "
+    "-> Tensor[]"
 )
 
 
@@ -62,12 +66,15 @@ def group_linear_scored(
     """
     if any(isinstance(j.scale, Tensor) and j.scale.requires_grad for j in branches):
         raise ValueError("a scale that requires a gradient cannot be scored; detach it")
-    branches = [replace(branch, scale=float(branch.scale)) for branch in branches]
+    branches = [
+        replace(j, scale=float(j.scale)) if isinstance(j.scale, Tensor) else j for j in branches
+    ]
     arguments = _prepare(x, sites, branches, seed, implementation)
     if not torch.is_grad_enabled():
         outputs, _ = torch.ops.heterolora.group_linear(*arguments)
         return outputs
-    task = _Task(record, select, *_sums(previous, branches, arguments[0][0].dtype))
+    sums = _sums(previous, branches, arguments[0][0].dtype)
+    task = _Task(record, select, _is_zero([j.b for j in branches], arguments[-1]), *sums)
     *outputs, _ = _ScoredGroupLinear.apply(task, *_flat(*arguments))
     return outputs
 
@@ -75,8 +82,19 @@ def group_linear_scored(
 class _Task(NamedTuple):
     record: Callable[[list[BranchScore | None]], None]
     select: Callable[[], bool] | None
+    b_is_zero: bool
     previous_a: list[Tensor]
     previous_b: list[Tensor]
+
+
+def _is_zero(b: Sequence[Tensor], implementation: str) -> bool:
+    """Whether every B is known to be zero, as in a fresh adapter: then only S and dB are not.
+
+    A GPU is not asked, since the host would have to wait for its answer.
+    """
+    return implementation == "aten" and not any(
+        factor.device.type != "cpu" or bool(factor.any()) for factor in b
+    )
 
 
 def _sums(
@@ -107,46 +125,83 @@ class _ScoredGroupLinear(_GroupLinear):
     """The same forward pass; backward hands A's and B's share to the score op."""
 
     @staticmethod
-    def forward(ctx: Any, task: _Task, *flat: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, task: _Task, meta: tuple[Any, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ctx.task = task
-        return _GroupLinear.forward(ctx, *flat)
+        if not task.b_is_zero:
+            return _GroupLinear.forward(ctx, meta, *tensors)
+        # The branches add nothing: the base layers run without them, and S is kept to be measured.
+        # dA is zero, so no source is kept, only its shape.
+        q, p, t, (_, branch_site, branch_source, _, implementation) = meta
+        bare: tuple[Any, ...] = (q, p, 0, ([], [], [], [], implementation))
+        *outputs, _ = _GroupLinear.forward(ctx, bare, *tensors[: q + 2 * p], tensors[-1])
+        sources: Any = tensors[:q]
+        factors: Any = tensors[q + 2 * p : -1]
+        layout = _layout(factors[:t], branch_site, branch_source, p, q)
+        s = aten._shrink(sources, factors[:t], layout)
+        shapes = [source.new_zeros(()).expand(source.shape) for source in sources]
+        ctx.meta = meta
+        ctx.mark_non_differentiable(s)
+        ctx.save_for_backward(*shapes, *tensors[q : q + p], *factors, s, tensors[-1])
+        return (*outputs, s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, p, _, _ = ctx.meta
+        q, p, t, _ = ctx.meta
         task: _Task = ctx.task
         saved = _saved(ctx)
-        scored = task.select is None or task.select()
         needed = ctx.needs_input_grad[2:]
-        of_factors = [need and not scored for need in needed[q + 2 * p : -1]]
-        needs = [*needed[:q], *needed[q + p : q + 2 * p], *of_factors]
-        flat: list[Tensor | None] = [None] * len(needs)
-        if any(needs):
-            flat = _gradients(saved, ctx.meta, grads, needs)
-        if scored:
-            task.record(_scores(saved, ctx.meta, grads, task))
+        # The weights lie between the sources and the biases, and never get a gradient.
+        needs = [*needed[:q], *needed[q + p : q + 2 * p]]
+        if task.select is None or task.select():
+            flat, scores = _measured(saved, ctx.meta, grads, needs, task)
+            flat += [None] * (2 * t)
+            task.record(scores)
+        else:
+            flat = _gradients(saved, ctx.meta, grads, [*needs, *needed[q + 2 * p : -1]])
         return (None, None, *flat[:q], *[None] * p, *flat[q:], None)
 
 
-def _scores(
-    saved: tuple[Any, ...], meta: tuple[Any, ...], grads: Sequence[Tensor | None], task: _Task
-) -> list[BranchScore | None]:
-    sources, _, a, b, s, seed = saved
+def _measured(
+    saved: tuple[Any, ...],
+    meta: tuple[Any, ...],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    task: _Task,
+) -> tuple[list[Tensor | None], list[BranchScore | None]]:
+    """A gradient or None for each source and bias, and a score or None for each branch."""
+    sources, weights, a, b, s, seed = saved
     _, p, _, (*lists, implementation) = meta
-    previous = task.previous_a, task.previous_b
-    found = torch.ops.heterolora.group_score(
-        list(grads[:p]), sources, a, b, s, *lists, seed, implementation, *previous
-    )
     _, branch_site, *_ = lists
-    return [
-        None if grads[site] is None else BranchScore(*found[4 * j : 4 * j + 4])
-        for j, site in enumerate(branch_site)
+    found = iter(
+        torch.ops.heterolora.group_score(
+            list(grads[:p]),
+            sources,
+            weights,
+            a,
+            [] if task.b_is_zero else b,
+            s,
+            *lists,
+            seed,
+            implementation,
+            needs,
+            task.previous_a,
+            task.previous_b,
+        )
+    )
+    flat = [next(found) if need else None for need in needs]
+    scores = [BranchScore(*(next(found) for _ in range(4))) for _ in a]
+    return flat, [
+        None if grads[site] is None else score
+        for site, score in zip(branch_site, scores, strict=True)
     ]
 
 
 def _score(  # type: ignore[no-untyped-def]
     grads,
     sources,
+    weights,
     a,
     b,
     s,
@@ -156,31 +211,45 @@ def _score(  # type: ignore[no-untyped-def]
     dropout,
     seed,
     implementation,
+    needs,
     previous_a,
     previous_b,
 ):
+    previous = previous_a, previous_b
     if implementation == "triton":
         from . import fused
 
         buckets = _buckets(a, branch_site, branch_source, dropout, len(grads))
         with fused.on_device(s):
             return fused.group_score(
-                grads, sources, a, b, s, scales, buckets, dropout, seed, previous_a, previous_b
+                grads, sources, weights, a, b, s, scales, buckets, dropout, seed, needs, *previous
             )
     layout = _layout(a, branch_site, branch_source, len(grads), len(sources))
-    return aten_score.group_score(grads, sources, a, b, s, scales, layout, previous_a, previous_b)
+    return aten_score.group_score(
+        grads, sources, weights, a, b, s, scales, layout, needs, *previous
+    )
 
 
 def _score_fake(  # type: ignore[no-untyped-def]
     grads,
     sources,
+    weights,
     a,
     b,
     s,
-    *options,
+    scales,
+    branch_site,
+    branch_source,
+    dropout,
+    seed,
+    implementation,
+    needs,
+    *previous,
 ):
+    like = [source.new_empty(source.shape) for source in sources]
+    like += [weight.new_empty(weight.shape[0]) for weight in weights]
+    found = [grad for grad, need in zip(like, needs, strict=True) if need]
     dtype = aten_score.statistics_dtype(s.dtype)
-    found = []
     for factor in a:
         rank = factor.shape[0]
         found += [s.new_empty(shape, dtype=dtype) for shape in ((rank, rank), (rank, rank), (), ())]

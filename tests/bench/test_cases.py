@@ -7,23 +7,24 @@ import pytest
 import torch
 
 import heterolora
-from heterolora.bench import cases, cli, models
+from heterolora.bench import cases, cli, peers, runner, steps
+from heterolora.bench.groups import group
 from heterolora.bench.harness import BenchError
 from heterolora.bench.parity import check_parity
 from heterolora.bench.record import read_run
+from heterolora.bench.steps import twin
 
 CPU = torch.device("cpu")
+KINDS = ("op", "group", "layer", "model", "scoring")
 
 
-def tiny(dtype: torch.dtype = torch.float32) -> models.Workload:
+def tiny(dtype: torch.dtype = torch.float32) -> steps.Workload:
     return cases.CASES["tiny-4x16-fp32-uniform"].build(dtype, CPU)
 
 
-def steps(dtype: torch.dtype = torch.float32, ranks=models.mixed_ranks):
-    return [
-        models.build_step(name, load, ranks(load.targets))
-        for name, load in (("peft", tiny(dtype)), ("fused", tiny(dtype)))
-    ]
+def built(dtype: torch.dtype = torch.float32, ranks=steps.mixed_ranks):
+    load = tiny(dtype)
+    return [peers.build_step(name, twin(load), ranks(load.targets)) for name in ("peft", "fused")]
 
 
 def parse(*argv: str) -> argparse.Namespace:
@@ -32,65 +33,63 @@ def parse(*argv: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@pytest.mark.parametrize("prefix", ["minilm-16x64", "llama-8x64", "linears-16x64", "tiny-4x16"])
-def test_mixed_ranks_cost_exactly_what_uniform_ranks_cost(prefix):
-    with torch.device("meta"):
-        load = cases.CASES[f"{prefix}-fp32-mixed"].build(torch.float32, torch.device("meta"))
-    mixed, uniform = models.mixed_ranks(load.targets), models.uniform_ranks(load.targets)
-
-    def cost(ranks):
-        return sum(ranks[name] * sum(load.targets[name]) for name in ranks)
-
-    assert cost(mixed) == cost(uniform)
-    assert {0, 32} <= set(mixed.values()) and set(uniform.values()) == {8}
-    assert mixed == models.mixed_ranks(load.targets)
-
-
-def test_cases_of_the_issue_are_registered():
-    for family, modules in (("minilm-16x64", 36), ("llama-8x64", 84), ("linears-16x64", 36)):
-        for dtype in ("fp32", "bf16"):
-            for ranks in ("uniform", "mixed"):
-                assert f"{family}-{dtype}-{ranks}" in cases.CASES
-        with torch.device("meta"):
-            case = cases.CASES[f"{family}-fp32-uniform"]
-            assert len(case.build(torch.float32, torch.device("meta")).targets) == modules
-
-
-def test_adapters_have_the_asked_ranks_and_one_scale():
-    load = tiny()
-    ranks = models.mixed_ranks(load.targets)
-    model = models.with_adapters(load, ranks)
-    found = {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if hasattr(module, "lora_A")
-    }
-    assert {name: m.r["default"] for name, m in found.items()} == {
-        name: rank for name, rank in ranks.items() if rank
-    }
-    assert {m.scaling["default"] for m in found.values()} == {2.0}
-    assert all(m.lora_B["default"].weight.abs().max() > 0 for m in found.values())
-
-
-def test_variants_start_from_the_same_weights_and_batch():
-    peft, fused = steps()
-    for (name, a), (other, b) in zip(
-        peft.module.named_parameters(), fused.module.named_parameters(), strict=True
+def test_every_kind_size_and_dtype_of_the_grid_is_registered():
+    kinds = {kind: [c for c in cases.CASES.values() if c.kind == kind] for kind in KINDS}
+    assert all(kinds.values()) and sum(map(len, kinds.values())) == len(cases.CASES)
+    square = {c.shapes["k"] for c in kinds["op"] if c.shapes["k"] == c.shapes["n"]}
+    assert square == {768, 1024, 2048, 4096, 8192}
+    assert {c.shapes["m"] for c in kinds["op"]} == {256, 1024, 4096, 8192, 16384}
+    for name in (
+        "op-4096x1024-m256-r16-bf16",
+        "op-4096x14336-m8192-r16-bf16",
+        "op-14336x4096-m8192-r16-bf16",
+        *(f"op-4096x4096-m8192-{r}-bf16" for r in ("r8", "r64", "r128", "mixed16", "sparse16")),
+        "op-4096x4096-m8192-r16-bf16-dropout",
+        "op-4096x4096-m8192-r16-bf16-shortcut",
+        "qkv-4096-gqa-m8192-mixed16-bf16",
+        "gate-up-4096-m8192-r16-bf16",
+        *(f"{m}-layer-2x128-fp32-mixed" for m in ("opt-350m", "llama-1b", "llama-8b")),
+        *(f"{m}-16x512-bf16-uniform" for m in ("opt-350m", "roberta-large")),
+        "scoring-minilm-16x64-fp32",
     ):
-        assert name == other and torch.equal(a, b)
-    assert all(torch.equal(peft.inputs[key], fused.inputs[key]) for key in peft.inputs)
+        assert name in cases.CASES
+    for case in cases.CASES.values():
+        assert case.name.count(case.dtype) == 1
+
+
+def test_a_cpu_is_asked_only_for_what_it_can_do_in_time():
+    on_cpu, on_gpu = cases.select(None), cases.select(None, device="cuda")
+    assert {case.name for case in on_cpu} < {case.name for case in on_gpu}
+    assert not any(case.dropout for case in on_cpu)
+    assert {case.kind for case in on_cpu} == set(KINDS)
+    assert max(case.flops for case in on_cpu) < 1e12
+
+
+@pytest.mark.parametrize("family", [f"{m}-2x128" for m in ("roberta-large", "opt-350m")])
+def test_flops_of_a_case_are_those_of_its_adapted_linears(family):
+    case = cases.CASES[f"{family}-bf16-uniform"]
+    load = case.build(torch.bfloat16, torch.device("meta"))
+    weights = sum(k * n for k, n in load.targets.values())
+    assert case.flops == 4 * load.tokens * weights
+
+
+def test_flops_of_a_group_case_are_those_of_its_linears():
+    case = cases.CASES["qkv-768-m256-r16-fp32"]
+    load = case.build(torch.float32, torch.device("meta"))
+    weights = sum(k * n for k, n in load.targets.values())
+    assert case.flops == 4 * load.tokens * weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("ranks", [models.uniform_ranks, models.mixed_ranks])
+@pytest.mark.parametrize("ranks", [steps.uniform_ranks, steps.mixed_ranks])
 def test_gate_is_green_for_the_fused_model(dtype, ranks):
-    found = check_parity(*steps(dtype, ranks))
+    found = check_parity(*built(dtype, ranks))
     assert found.green, found.reason
     assert found.gradient is not None and found.gradient > 0
 
 
 def test_gate_is_red_when_nothing_was_fused():
-    peft, fused = steps()
+    peft, fused = built()
     heterolora.unfuse(fused.module)
     fused.fuse_report = heterolora.FuseReport()
     found = check_parity(peft, fused)
@@ -98,14 +97,14 @@ def test_gate_is_red_when_nothing_was_fused():
 
 
 def test_gate_is_red_when_the_report_claims_what_did_not_run():
-    peft, fused = steps()
+    peft, fused = built()
     heterolora.unfuse(fused.module)
     found = check_parity(peft, fused)
     assert not found.green and "0 of 11 adapters went through the fused op" in found.reason
 
 
 def test_gate_is_red_when_one_module_is_declined():
-    peft, fused = steps()
+    peft, fused = built()
     name = next(iter(fused.fuse_report.fused))
     left = {key: path for key, path in fused.fuse_report.fused.items() if key != name}
     fused.fuse_report = dataclasses.replace(
@@ -118,8 +117,8 @@ def test_gate_is_red_when_one_module_is_declined():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("factor", [1.0, 1.2, float("nan")])
 def test_gate_is_red_when_one_factor_of_one_module_differs(dtype, factor):
-    peft, fused = steps(dtype)
-    name, parameter = list(models.adapter_parameters(fused.module).items())[5]
+    peft, fused = built(dtype)
+    name, parameter = list(steps.adapter_parameters(fused.module).items())[5]
     parameter.data.mul_(factor)
     found = check_parity(peft, fused)
     assert found.green == (factor == 1.0), (name, found)
@@ -132,7 +131,7 @@ def test_red_case_has_no_number_and_exit_code_1(monkeypatch, tmp_path, capsys):
     assert cli.run(args, []) == 1
     assert "RED, not timed" in capsys.readouterr().out
     (result,) = read_run(target).results
-    assert result.timing is None and result.memory == {}
+    assert result.timing is None and result.memory == result.launches == {}
 
 
 def test_tiny_case_end_to_end(tmp_path, capsys):
@@ -151,9 +150,32 @@ def test_tiny_case_end_to_end(tmp_path, capsys):
         assert name in shown and use.peak > use.saved > 0 and use.resident > 0
     # No adapter, nothing saved for one: the floor is a floor in memory too.
     assert result.memory["base-only"].saved < result.memory["peft"].saved
+    assert result.launches["base-only"] < result.launches["fused"] < result.launches["peft"]
+    assert result.skipped.keys() == {"aten", "triton", "unsloth", "liger-peft"}
+    assert measured.environment["ceilings"]["flops"]["fp32"] > 1e9
 
-    assert cli.run(parse("--report", str(tmp_path)), []) == 0
-    assert "| tiny-4x16-fp32-mixed | fused |" in capsys.readouterr().out
+    assert cli.run(parse("report", str(tmp_path)), []) == 0
+    assert "tiny-4x16-fp32-mixed" in capsys.readouterr().out
+
+
+def test_a_group_with_a_shortcut_goes_through_the_gate():
+    case = cases.CASES["op-1024x1024-m1024-r16-fp32-shortcut"]
+    load = group(
+        m=8, k=16, sites={"proj": 12}, repeats=2, shortcut=True, dtype=torch.float32, device=CPU
+    )
+    ranks = {name: 4 for name in load.targets}
+    parity, steps_ = runner.gate(case, load, ranks)
+    assert parity.green, parity.reason
+    # Fused in name only: the shortcut and the layer stay separate.
+    for one in steps_["fused"].module.get_base_model().copies:
+        one.fused = False
+    assert "0 of 4 adapters" in case.parity(steps_["peft"], steps_["fused"]).reason
+
+
+def test_dropout_on_a_cpu_is_red_because_nothing_was_fused():
+    case = dataclasses.replace(cases.CASES["tiny-4x16-fp32-uniform"], dropout=0.1)
+    result = runner.run_case(case, device=CPU, rounds=1)
+    assert not result.green and "active dropout (p=0.1)" in result.parity.reason
 
 
 def test_a_variant_that_cannot_run_is_reported_and_the_others_count(monkeypatch, tmp_path):
@@ -182,11 +204,12 @@ def test_list_names_every_case(capsys):
 
 
 def test_selection():
-    assert [c.name for c in cases.select(["*bf16-mixed", "minilm-16x64-bf16-mixed"])] == [
+    assert [
+        c.name
+        for c in cases.select(["tiny-*bf16-mixed", "mini*bf16-mixed", "minilm-16x64-bf16-mixed"])
+    ] == [
         "tiny-4x16-bf16-mixed",
         "minilm-16x64-bf16-mixed",
-        "llama-8x64-bf16-mixed",
-        "linears-16x64-bf16-mixed",
     ]
     assert {c.quick for c in cases.select(None, quick=True)} == {True}
     assert {c.quick for c in cases.select(None)} == {False}
@@ -201,7 +224,7 @@ def test_selection():
         (["--device", "abacus"], "use auto, cpu, cuda"),
         (["--device", "meta"], "only CPU and CUDA"),
         (["--device", "cuda:99"], "CUDA devices"),
-        (["--report", "/nonexistent/folder"], "no such folder"),
+        (["report", "/nonexistent/folder"], "no such folder"),
         (["--json", "/dev/null/x.json", "--quick"], "cannot be written"),
     ],
 )

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
+from bench_runs import result
 
 from heterolora.bench import cases, cli, explain, record
-from heterolora.bench.harness import BenchError, Timing
-from heterolora.bench.parity import Parity
+from heterolora.bench.harness import BenchError
 from heterolora.kernels.cost import estimate, fastest
 from heterolora.kernels.devices import Device, device_for
 
@@ -29,7 +29,7 @@ def on_h100() -> explain.CaseExplained:
 
 def test_every_layer_is_in_one_group_with_its_rank_and_shape(on_h100):
     load = MIXED.build(torch.bfloat16, torch.device("cpu"))
-    ranks = cases._RANKS["mixed"](load.targets)
+    ranks = MIXED.ranks_of(load.targets)
     seen = {}
     for group in on_h100.groups:
         p = group.problem
@@ -76,15 +76,7 @@ def test_measured_steps_come_from_the_result_file_of_the_same_device_and_case(tm
     path = tmp_path / "a-cpu" / f"{MIXED.name}.json"
     seconds = {"peft": [0.010, 0.012], "fused": [0.008, 0.008], "base-only": [0.005, 0.004]}
     doubled = {name: [2 * value for value in values] for name, values in seconds.items()}
-    results = [
-        record.CaseResult(
-            name, "", {}, "bf16", {}, 64, Parity(True, "", "", 0.0, 0.0), timing=timing
-        )
-        for name, timing in (
-            ("another", Timing("clock", "peft", doubled, doubled)),
-            (MIXED.name, Timing("clock", "peft", seconds, seconds)),
-        )
-    ]
+    results = [result("another", "model", doubled), result(MIXED.name, "model", seconds)]
     record.write_run(record.BenchRun({}, results), path)
     found = explain.explain_case(MIXED, device, on_gpu=False, results=tmp_path)
     assert found.measured == pytest.approx({"peft": 0.011, "fused": 0.008, "base-only": 0.0045})

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from bench_runs import environment as made_up
+from bench_runs import red, result
 
-from heterolora.bench.harness import BenchError, Timing
-from heterolora.bench.memory import MemoryUse
-from heterolora.bench.parity import Parity
+from heterolora.bench.harness import BenchError
 from heterolora.bench.record import (
     SCHEMA_VERSION,
     BenchRun,
@@ -17,37 +17,16 @@ from heterolora.bench.record import (
     slug,
     write_run,
 )
-from heterolora.bench.report import markdown_table, read_folder
+
+SAMPLES = {"peft": [0.010, 0.010, 0.012], "fused": [0.008, 0.006, 0.0084]}
 
 
-def green(case: str = "toy-fp32-uniform") -> CaseResult:
-    seconds = {
-        "peft": [0.010, 0.010, 0.012],
-        "fused": [0.008, 0.006, 0.0084],
-        "base-only": [0.005, 0.005, 0.006],
-    }
-    return CaseResult(
-        case=case,
-        description="a toy",
-        shapes={"hidden": 8},
-        dtype="fp32",
-        ranks={"layers.0.q_proj": 8, "layers.0.o_proj": 0},
-        tokens=64,
-        parity=Parity(True, "", "relative difference to PEFT, limit 1e-05", 0.0, 1e-7),
-        timing=Timing("process CPU time", "peft", seconds, seconds),
-        memory={name: MemoryUse(3_000_000, 1_000_000, 64_000) for name in seconds},
-        failed={"compile-fused": "no compiler"},
-    )
-
-
-def red() -> CaseResult:
-    return CaseResult(
-        "toy-bf16-uniform", "a toy", {}, "bf16", {}, 64, Parity(False, "not fused: 2 of 2")
-    )
+def green() -> CaseResult:
+    return result("toy-fp32-uniform", "model", SAMPLES, failed={"compile-fused": "no compiler"})
 
 
 def run_of(*results: CaseResult) -> BenchRun:
-    return BenchRun(environment(torch.device("cpu"), ["--case", "toy"]), list(results))
+    return BenchRun(made_up(), list(results))
 
 
 def test_round_trip(tmp_path):
@@ -76,29 +55,6 @@ def test_environment_says_what_was_run_where_but_not_the_host():
     assert environment(torch.device("cpu"), ["bench", "--quick"])["command"].endswith("h --quick")
 
 
-def test_markdown_has_ratios_floor_memory_and_the_red_case_without_a_number(tmp_path):
-    write_run(run_of(green(), red()), tmp_path / "cpu" / "run.json")
-    text = markdown_table(read_folder(tmp_path))
-    row = next(line for line in text.splitlines() if "| fused |" in line)
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    # Ratios 0.8, 0.6, 0.7 to PEFT and 1.6, 1.2, 1.4 to the floor; 64 000 bytes for 64 tokens.
-    want = ["toy-fp32-uniform", "fused", "8.0", "0.700", "0.65-0.75", "0.60", "1.40", "4.0"]
-    assert cells == [*want, "1,000"]
-    assert "toy-bf16-uniform: red, not timed. not fused: 2 of 2" in text
-    assert "compile-fused: no compiler" in text
-
-
-def test_folder_joins_files_of_one_environment(tmp_path):
-    measured = run_of(green("a"), green("b"))
-    for result in measured.results:
-        write_run(BenchRun(measured.environment, [result]), tmp_path / f"{result.case}.json")
-    other = run_of(green("c"))
-    other.environment["device"] = "another"
-    write_run(other, tmp_path / "z.json")
-    runs = read_folder(tmp_path)
-    assert [[result.case for result in run.results] for run in runs] == [["a", "b"], ["c"]]
-
-
 def broken(change) -> str:
     content = json.loads(_text(run_of(green())))
     change(content)
@@ -124,7 +80,7 @@ MALFORMED = {
     "of something else": (lambda: '{"kind": "other"}', "not a result of"),
     "newer schema": (
         lambda: broken(lambda c: c.update(schema_version=SCHEMA_VERSION + 1)),
-        "schema version 2",
+        f"schema version {SCHEMA_VERSION + 1}",
     ),
     "no results": (lambda: broken(lambda c: c.pop("results")), "results: missing"),
     "no environment": (lambda: broken(lambda c: c.pop("environment")), "environment: missing"),
@@ -175,11 +131,7 @@ def test_malformed_files(tmp_path, what):
     assert str(path) in str(caught.value)
 
 
-def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(BenchError, match="no such folder"):
-        read_folder(tmp_path / "nowhere")
-    with pytest.raises(BenchError, match="no result files"):
-        read_folder(tmp_path)
+def test_a_missing_file(tmp_path):
     with pytest.raises(BenchError, match="cannot be read"):
         read_run(tmp_path / "nothing.json")
 

@@ -101,7 +101,29 @@ def scored(group, grads, *, seed=None, previous=None, **options):
     return outputs, found, records
 
 
+class ScoreCalls(CountOps):
+    """Counts operators, and keeps how many B each call of the score op was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.heterolora.group_score.default:
+            self.b.append(len(args[4]))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def zeroed(group):
+    """The group with every B zero, as PEFT starts."""
+    with torch.no_grad():
+        for branch in group[2]:
+            branch.b.zero_()
+    return group
+
+
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("b_is_zero", [False, True])
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "factors"),
@@ -116,16 +138,20 @@ def scored(group, grads, *, seed=None, previous=None, **options):
     ids=str,
 )
 @pytest.mark.parametrize("name", ALL)
-def test_aten_within_twice_eager(name, dtype, factors, earlier):
+def test_aten_within_twice_eager(name, dtype, factors, earlier, b_is_zero):
     """Eager: the specification op by op in the dtype of x, against itself in float64."""
     group = ALL[name](Draw(dtype, factors))
+    if b_is_zero:
+        zeroed(group)
     seed, branches = seed_for(name), group[2]
     grads = [torch.randn_like(y) for y in spec.group_linear(*detached(group, dtype), seed)]
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     previous = sums_like(branches, sums) if earlier else None
-    with CountOps() as ops:
+    with ScoreCalls() as calls:
         _, _, (scores,) = scored(group, grads, seed=seed, previous=previous)
-    assert ops.counts["heterolora::group_score"] == 1
+    # dS is made once: dX comes out of the same call.
+    assert (calls.forward, calls.backward, len(calls.b)) == (1, 0, 1)
+    assert calls.b == [0 if b_is_zero else len(branches)]
 
     def meaning(dtype):
         pairs = previous and [[total.to(dtype) for total in pair] for pair in previous]
@@ -157,7 +183,9 @@ def error(scores, truth):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", ALL)
 def test_all_but_a_and_b_is_as_in_group_linear(name):
-    group, seed = ALL[name](Draw(torch.float32)), seed_for(name)
+    (x, sites, branches), seed = ALL[name](Draw(torch.float32)), seed_for(name)
+    # The scored op takes a scale that is a tensor as a number.
+    group = x, sites, [replace(branch, scale=float(branch.scale)) for branch in branches]
     expected = group_linear(*group, seed=seed)
     grads = [torch.randn_like(y) for y in expected]
     truth = torch.autograd.grad(expected, leaves(group), grads, allow_unused=True)
@@ -169,6 +197,50 @@ def test_all_but_a_and_b_is_as_in_group_linear(name):
             assert value is None
         else:
             assert torch.equal(value, other)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("select", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_all_but_a_and_b_is_as_in_group_linear_where_b_is_zero(name, dtype, select):
+    """And A and B too, where `select` asks for them although no source was kept."""
+    (x, sites, branches), seed = ALL[name](Draw(dtype)), seed_for(name)
+    group = x, sites, [replace(branch, scale=float(branch.scale)) for branch in branches]
+    expected = group_linear(*zeroed(group), seed=seed)
+    grads = [torch.randn_like(y) for y in expected]
+    truth = torch.autograd.grad(expected, leaves(group), grads, allow_unused=True)
+    outputs, found, records = scored(group, grads, seed=seed, select=lambda: select)
+    torch.testing.assert_close(outputs, expected)
+    assert bool(records) == select
+    factors = [f for j in group[2] for f in (j.a, j.b)]
+    for leaf, value, other in zip(leaves(group), found, truth, strict=True):
+        if select and any(leaf is factor for factor in factors):
+            assert value is None
+        else:
+            torch.testing.assert_close(value, other)
+
+
+def test_no_source_is_kept_where_b_is_zero():
+    x, sites, branches = zeroed(GROUPS["two_sources"](Draw(torch.float32)))
+    sources = dict.fromkeys([x, *(j.source for j in branches if j.source is not None)])
+    read = {source.untyped_storage().data_ptr() for source in sources}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        group_linear_scored(x, sites, branches, print)
+    assert read.isdisjoint(t.untyped_storage().data_ptr() for t in kept)
+    assert [t.shape for t in kept[: len(sources)]] == [source.shape for source in sources]
+
+
+def test_one_nonzero_or_nan_b_is_enough():
+    for value in (1e-30, float("nan")):
+        group = zeroed(GROUPS["mixed_siblings"](Draw(torch.float32)))
+        with torch.no_grad():
+            group[2][1].b[-1, -1] = value
+        with ScoreCalls() as calls:
+            outputs, _, _ = scored(group, [torch.ones_like(y) for y in group_linear(*group)])
+        assert calls.b == [len(group[2])]
+        assert bool(outputs[group[2][1].site].isnan().any()) == (value != value)
 
 
 def test_no_gradient_is_written_saved_or_returned():
@@ -225,8 +297,11 @@ def test_without_gradients_nothing_is_recorded():
     assert torch.equal(y, group_linear(*group)[0]) and not y.requires_grad and not records
 
 
-def test_an_output_that_nothing_depends_on_adds_nothing():
+@pytest.mark.parametrize("b_is_zero", [False, True])
+def test_an_output_that_nothing_depends_on_adds_nothing(b_is_zero):
     group = GROUPS["mixed_siblings"](Draw(torch.float64))
+    if b_is_zero:
+        zeroed(group)
     previous = sums_like(group[2])
     previous[1] = (None, previous[1][1])
     records = []
@@ -268,7 +343,7 @@ def test_autocast_around_the_backward_pass_lowers_no_statistic():
     assert all(torch.equal(value, other) for value, other in zip(plain, cast, strict=True))
 
 
-def _op_arguments(name, earlier, missing):
+def _op_arguments(name, earlier, missing, b_is_zero):
     x, sites, branches = detached(GROUPS[name](Draw(torch.float32)), torch.float32)
     sources = list(dict.fromkeys([x, *(j.source for j in branches if j.source is not None)]))
     position = {source: i for i, source in enumerate(sources)}
@@ -277,8 +352,9 @@ def _op_arguments(name, earlier, missing):
     return (
         [None if missing and i == 0 else g for i, g in enumerate(grads)],
         sources,
+        [site.weight for site in sites],
         [j.a for j in branches],
-        [j.b for j in branches],
+        [] if b_is_zero else [j.b for j in branches],
         torch.randn(x.shape[:-1].numel(), sum(j.a.shape[0] for j in branches)),
         [float(j.scale) for j in branches],
         [j.site for j in branches],
@@ -286,17 +362,20 @@ def _op_arguments(name, earlier, missing):
         [0.0] * len(branches),
         None,
         "aten",
+        [i != 1 for i in range(len(sources) + len(sites))],
         [pair[0] for pair in previous],
         [pair[1] for pair in previous],
     )
 
 
+@pytest.mark.parametrize("b_is_zero", [False, True])
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("name", ["mixed_siblings", "only_shortcut"])
-def test_opcheck(name, earlier):
+def test_opcheck(name, earlier, b_is_zero):
     for missing in (False, True):
         results = torch.library.opcheck(
-            torch.ops.heterolora.group_score.default, _op_arguments(name, earlier, missing)
+            torch.ops.heterolora.group_score.default,
+            _op_arguments(name, earlier, missing, b_is_zero),
         )
         assert set(results.values()) == {"SUCCESS"}
 

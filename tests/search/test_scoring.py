@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from helpers import CountOps
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +29,7 @@ class ScoredBranches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name == "heterolora::group_score":
-            self.count += len(args[2])
+            self.count += len(args[3])
         return func(*args, **(kwargs or {}))
 
 
@@ -67,14 +68,14 @@ def check(model, batches, proxy, scored=None):
     return scores
 
 
-def adapted(subject, name, **options):
+def adapted(subject, name, b_std=0.02, **options):
     made = subject(name)
     modules = "query|value|dense|k_proj|fc1|fc2|c_attn|c_fc|q|wi|wo"
     targets = rf".*\.({modules})"
     conv1d = name == "gpt2"
     config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=conv1d, **options)
     model = get_peft_model(made.model, config)
-    draw_b(model, 5, 0.02)
+    draw_b(model, 5, b_std)
     return model, made
 
 
@@ -84,6 +85,30 @@ def adapted(subject, name, **options):
 def test_every_layer_is_measured_by_the_op(subject, name, proxy, count):
     model, made = adapted(subject, name)
     check(model, made.batches(count), proxy)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "t5"])
+def test_a_fresh_adapter_whose_b_is_zero(subject, name, count):
+    model, made = adapted(subject, name, b_std=0.0)
+    check(model, made.batches(count), "grad-norm")
+
+
+def test_one_transfer_for_all_scores(subject):
+    """Numbers that are read one at a time: the model's own, the losses, is a group's B zero."""
+    model, made = adapted(subject, "opt", b_std=0.0)
+    batches = made.batches(2)
+    groups = fuse(model, example=batches[0]).groups
+    count = len(lora_factors(model)) - sum(len(names) - 1 for names in groups)
+    with CountOps() as own:
+        for batch in batches:
+            model(**batch)
+    with CountOps() as ops:
+        PROXIES["grad-norm"](model, batches)
+    assert ops.counts["heterolora::group_score"] == count
+    assert ops.counts["heterolora::group_linear_backward"] == count
+    read = ops.counts["aten::_local_scalar_dense"] - own.counts["aten::_local_scalar_dense"]
+    assert read == len(batches) + count
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -1,0 +1,202 @@
+"""The scoring cases: one batch of the static search, with an adapter on every candidate.
+
+`base-only` is one frozen forward and backward pass; `peft` the plain route: PEFT's own forward,
+gradients by autograd, then one norm at a time in Python; `fused` the proxy that
+`heterolora.allocate` calls, whose gradients the score op measures.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import heterolora
+from heterolora.bench import peers
+from heterolora.bench.parity import FP32_LIMIT, LOW_PRECISION_FACTOR, Parity
+from heterolora.bench.steps import SEED, Step, Workload, with_adapters
+from heterolora.search.probe import draw_b
+from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, lora_factors
+from heterolora.search.scoring import Scorer
+
+__all__ = ["OpCalls", "PlainStep", "ScoringStep", "build_step", "check_parity"]
+
+
+@dataclass
+class PlainStep(Step):
+    """The plain route.
+
+    Args:
+        proxy: "grad-norm" or "snip".
+    """
+
+    proxy: str = "grad-norm"
+
+    def scores(self) -> dict[str, float]:
+        """One number for every candidate, by name."""
+        self.clear_gradients()
+        torch.autograd.backward(self.forward(), self.output_grads)
+        return {
+            name: sum(self._measured(factor) for factor in pair)
+            for name, pair in lora_factors(self.module).items()
+        }
+
+    def _measured(self, factor: Tensor) -> float:
+        if factor.grad is None:
+            return 0.0
+        if self.proxy == "grad-norm":
+            return factor.grad.norm().item()
+        return (factor.detach() * factor.grad).abs().sum().item()
+
+    def __call__(self) -> None:
+        self.scores()
+
+
+@dataclass
+class ScoringStep(Step):
+    """The score op, as the search uses it.
+
+    Args:
+        proxy: "grad-norm" or "snip".
+    """
+
+    proxy: str = "grad-norm"
+
+    def forward(self) -> list[Tensor]:
+        fusion = self.module.__dict__["_heterolora"]
+        fusion.scorer = Scorer(lora_factors(self.module))
+        try:
+            return super().forward()
+        finally:
+            fusion.scorer = None
+
+    def scores(self) -> dict[str, float]:
+        """One number for every candidate, by name."""
+        return PROXIES[self.proxy](self.module, [self.inputs])
+
+    def __call__(self) -> None:
+        self.scores()
+
+
+def build_step(
+    variant: str,
+    workload: Workload,
+    ranks: Mapping[str, int],
+    dropout: float = 0.0,
+    *,
+    proxy: str = "grad-norm",
+) -> Step:
+    """A search pass over one batch. Takes over `workload.model`, as `peers.build_step`.
+
+    Args:
+        variant: "base-only", "peft" or "fused".
+        workload: a transformers model whose inputs hold labels.
+        ranks: of the probe adapter; `allocate` takes 8 everywhere.
+        proxy: "grad-norm", with B = 0 as `allocate` has it then, or "snip", with a drawn B.
+    """
+    if variant == peers.FLOOR:
+        return peers.build_step(variant, workload, ranks)
+    model = with_adapters(workload, ranks, dropout=dropout)
+    if proxy in NEEDS_NONZERO_B:
+        draw_b(model, SEED)
+    else:
+        draw_b(model, SEED, std=0.0)
+    if variant == peers.BASELINE:
+        return PlainStep.of(workload, model, proxy=proxy)
+    report = heterolora.fuse(model, example=workload.inputs)
+    return ScoringStep.of(workload, model, proxy=proxy, fuse_report=report)
+
+
+class OpCalls(TorchDispatchMode):
+    """Counts the calls of our ops, and the branches that the score op measured.
+
+    Attributes:
+        counts: calls by name, without "heterolora::".
+        measured: branches over all calls of the score op.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.measured = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        if space == "heterolora":
+            self.counts[name] += 1
+        if func is torch.ops.heterolora.group_score.default:
+            factors_a = args[3]
+            self.measured += len(factors_a)
+        return func(*args, **(kwargs or {}))
+
+
+def check_parity(peft: PlainStep, fused: ScoringStep) -> Parity:
+    """Compares the loss and every score of `fused` with those of `peft`; same weights, batch.
+
+    fp32: relative difference to the plain route, score by score, at most 1e-5. bf16, fp16: error
+    against the plain route in float64 at most twice the plain route's own; of the scores the root
+    of the mean squared relative error, since a single number can be right by luck.
+    """
+    calls = OpCalls()
+    with calls:
+        found = fused.scores()
+    candidates = len(lora_factors(fused.module))
+    if calls.measured != candidates:
+        return Parity(False, f"{calls.measured} of {candidates} candidates were measured by the op")
+    theirs = peft.scores()
+    if list(found) != list(theirs):
+        return Parity(False, "the two routes score other modules")
+    losses = [_loss(step) for step in (fused, peft)]
+    dtype = next(p.dtype for p in peft.module.parameters() if not p.requires_grad)
+    if dtype not in (torch.bfloat16, torch.float16):
+        rule = f"relative difference to the plain route, limit {FP32_LIMIT:g}"
+        errors = _errors(found, theirs)
+        worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
+        loss = _relative(*losses)
+        return _verdict(rule, FP32_LIMIT, loss, errors[worst], f"score of {worst}")
+    wide = peft.in_float64()
+    exact = PlainStep(wide.module, wide.inputs, wide.run, wide.output_grads, proxy=peft.proxy)
+    truth, true_loss = exact.scores(), _loss(exact)
+    rule = f"error against float64 / the plain route's own, limit {LOW_PRECISION_FACTOR:g}"
+    # The plain route's own error counts as at least one rounding step.
+    step = torch.finfo(dtype).eps
+    loss = _relative(losses[0], true_loss) / max(_relative(losses[1], true_loss), step)
+    own = max(_root_mean_square(_errors(theirs, truth)), torch.finfo(torch.float32).eps)
+    score = _root_mean_square(_errors(found, truth)) / own
+    return _verdict(rule, LOW_PRECISION_FACTOR, loss, score, "scores")
+
+
+def _loss(step: Step) -> float:
+    with torch.no_grad():
+        (loss,) = step.run(step.module, step.inputs)
+    return loss.item()
+
+
+def _errors(scores: Mapping[str, float], truth: Mapping[str, float]) -> dict[str, float]:
+    return {name: _relative(scores[name], value) for name, value in truth.items()}
+
+
+def _relative(value: float, truth: float) -> float:
+    if truth == 0.0:
+        return 0.0 if value == 0.0 else math.inf
+    return abs(value - truth) / abs(truth)
+
+
+def _root_mean_square(errors: Mapping[str, float]) -> float:
+    return math.sqrt(sum(error * error for error in errors.values()) / len(errors))
+
+
+def _verdict(rule: str, limit: float, loss: float, score: float, what: str) -> Parity:
+    # `not <=` rather than `>`: NaN is red.
+    problems = [
+        f"{name} {error:.3g}"
+        for name, error in (("loss", loss), (what, score))
+        if not error <= limit
+    ]
+    reason = f"parity: {', '.join(problems)} ({rule})" if problems else ""
+    finite = [error if math.isfinite(error) else None for error in (loss, score)]
+    return Parity(not problems, reason, rule, *finite)
