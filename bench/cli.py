@@ -79,9 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=Path, metavar="DIR", help="report: write the plots")
     parser.add_argument(
         "--readme",
+        action="append",
+        default=[],
         type=Path,
         metavar="FILE",
-        help="report: bring the numbers between the <!-- bench:... --> marks of FILE up to date",
+        help="report: bring the numbers between the <!-- bench:... --> marks of FILE up to date; "
+        "may be repeated",
     )
     parser.add_argument(
         "--explain",
@@ -104,10 +107,13 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     from heterolora.bench import cases, report
+    from heterolora.bench.harness import BenchError
 
     out = Console()
     if args.action == "report":
         return _report(args)
+    if args.html or args.png or args.readme or args.folder != RESULTS:
+        raise BenchError("a folder, --html, --png and --readme belong to `bench report`")
     if args.list:
         width = max(map(len, cases.CASES))
         for case in cases.CASES.values():
@@ -151,6 +157,7 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from heterolora.bench import page, plots, readme, report
+    from heterolora.bench.harness import BenchError
 
     runs = report.read_folder(args.folder)
     if args.html is not None:
@@ -159,10 +166,13 @@ def _report(args: argparse.Namespace) -> int:
     if args.png is not None:
         _check_writable(args.png)
         plots.write_pngs(runs, args.png)
-    if args.readme is not None:
-        text = args.readme.read_text(encoding="utf-8")
-        args.readme.write_text(readme.update(text, runs), encoding="utf-8")
-    if args.html is args.png is args.readme is None:
+    for file in args.readme:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise BenchError(f"{file}: cannot be read ({error.strerror})") from error
+        file.write_text(readme.update(text, runs), encoding="utf-8")
+    if args.html is args.png is None and not args.readme:
         # Not through the console: a Markdown table must not be wrapped to the terminal.
         print(report.markdown_table(runs), end="")
     return 0

@@ -80,14 +80,13 @@ class Step:
         return self.run(self.module, self.inputs)
 
     def clear_gradients(self) -> None:
-        for tensor in self._leaves:
+        for tensor in (*self._parameters, *self.inputs.values()):
             tensor.grad = None
 
     @cached_property
-    def _leaves(self) -> list[Tensor]:
+    def _parameters(self) -> list[Tensor]:
         # Looked up once: walking a model's modules takes longer than a small step.
-        tensors = (*self.module.parameters(), *self.inputs.values())
-        return [tensor for tensor in tensors if tensor.requires_grad]
+        return [p for p in self.module.parameters() if p.requires_grad]
 
     def __call__(self) -> None:
         self.clear_gradients()

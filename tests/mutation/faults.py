@@ -286,8 +286,22 @@ FAULTS = [
     Fault(
         "aten: dB without its scale",
         "aten.py",
-        "torch.mul(d_b_t.to(b[j].dtype).t(), scales[j], out=d_b[j])",
-        "torch.mul(d_b_t.to(b[j].dtype).t(), 1.0, out=d_b[j])",
+        "torch.mul(d_b_t.t(), scales[j], out=_like(b[j]))",
+        "torch.mul(d_b_t.t(), 1.0, out=_like(b[j]))",
+        (2,),
+    ),
+    Fault(
+        "onednn: only the first sibling's part of dX",
+        "onednn.py",
+        'return torch.ops.mkldnn._linear_pointwise.binary(x, total, weight.t(), None, "add")',
+        "return total",
+        (2,),
+    ),
+    Fault(
+        "aten: S is not scaled on its way to Y",
+        "aten.py",
+        "torch.addmm(bias, left, right, alpha=scale, out=y)",
+        "torch.addmm(bias, left, right, out=y)",
         (2,),
     ),
     Fault(
