@@ -131,8 +131,9 @@ def group_linear_backward(
             torch.mm(grad, scaled.t(), out=_columns(ds, columns))
             if need_b[j]:
                 # As (S^T dY)^T: on a CPU the wide product is up to six times faster than the tall.
-                d_b_t = torch.mm(_columns(s, columns).t(), grad)
-                d_b[j] = torch.mul(d_b_t.t(), scales[j], out=_like(b[j]))
+                d_b_t = s.new_empty(b[j].shape[1], b[j].shape[0])
+                d_b_t.addmm_(_columns(s, columns).t(), grad, beta=0, alpha=scales[j])
+                d_b[j] = _like(b[j]).copy_(d_b_t.t())
 
     d_a: list[Tensor | None] = [None] * t
     d_source: list[Tensor | None] = [None] * q

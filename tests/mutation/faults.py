@@ -286,8 +286,8 @@ FAULTS = [
     Fault(
         "aten: dB without its scale",
         "aten.py",
-        "torch.mul(d_b_t.t(), scales[j], out=_like(b[j]))",
-        "torch.mul(d_b_t.t(), 1.0, out=_like(b[j]))",
+        "d_b_t.addmm_(_columns(s, columns).t(), grad, beta=0, alpha=scales[j])",
+        "d_b_t.addmm_(_columns(s, columns).t(), grad, beta=0)",
         (2,),
     ),
     Fault(
