@@ -84,10 +84,12 @@ class BenchRun:
 
 
 def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Versions, machine, threads, commit, date (UTC) and command; no host or user name."""
+    """Versions, machine, threads, commit, date (UTC) and command; no host, user name or path."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         del arguments[0]
+    for option in ("--out", "--json"):
+        arguments = _without(option, arguments)
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -105,6 +107,15 @@ def environment(device: torch.device, argv: Sequence[str] | None = None) -> dict
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["heterolora", "bench", *arguments]),
     }
+
+
+def _without(option: str, arguments: list[str]) -> list[str]:
+    """`arguments` without the option and its value."""
+    kept = [word for word in arguments if not word.startswith(f"{option}=")]
+    while option in kept:
+        place = kept.index(option)
+        del kept[place : place + 2]
+    return kept
 
 
 def cpu_name() -> str:

@@ -139,3 +139,9 @@ def test_a_missing_file(tmp_path):
 def test_slug():
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert slug("Intel(R) Xeon(R)") == "intel-r-xeon-r"
+
+
+def test_the_command_of_a_record_names_no_path():
+    argv = ["bench", "--case", "a b", "--out", "/home/me/x", "--json=/home/me/y", "--rounds", "3"]
+    found = environment(torch.device("cpu"), argv)
+    assert found["command"] == "heterolora bench --case 'a b' --rounds 3"
