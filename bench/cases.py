@@ -17,7 +17,7 @@ from heterolora.bench.steps import Step, Workload, mixed_ranks, sparse_ranks, un
 __all__ = ["CASES", "Case", "select"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# A step of a minute helps nobody: what is beyond this is left to a GPU unless it is named.
+# Of one step; a CPU core does some 1e11 a second. What is beyond is left to a GPU unless named.
 _CPU_FLOPS = {"op": 7e10, "group": 1.6e11, "layer": 3e11, "model": 4e11, "scoring": 1e11}
 _RANKS: dict[str, Callable[[Mapping[str, tuple[int, int]]], dict[str, int]]] = {
     "uniform": uniform_ranks,
@@ -86,6 +86,11 @@ class Case:
     def on_cpu(self) -> bool:
         """Whether a CPU runs it unasked. Active dropout is fused by the Triton kernels only."""
         return self.flops <= _CPU_FLOPS[self.kind] and not self.dropout
+
+    @property
+    def described(self) -> bool:
+        """Whether the cost model knows what a step does: no scoring pass, no shortcut."""
+        return self.kind != "scoring" and not self.shapes.get("shortcut")
 
     def ranks_of(self, targets: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """The rank of every target by name."""

@@ -186,6 +186,8 @@ def _explain(args: argparse.Namespace, out: "Console") -> int:
     from heterolora.bench import cases, explain, harness
 
     chosen = cases.select(args.case, quick=args.quick)
+    if not args.case:
+        chosen = [case for case in chosen if case.described]
     here = args.device.partition(":")[0] in ("auto", "cpu", "cuda")
     place = _device(args.device) if here else None
     on_gpu = place is None or place.type == "cuda"

@@ -94,8 +94,10 @@ def explain_case(
         results: folder of result files, <device>/<case>.json.
 
     Raises:
-        BenchError: a malformed result file.
+        BenchError: a malformed result file; a case whose step the cost model does not describe.
     """
+    if not case.described:
+        raise BenchError(f"{case.name}: the cost model predicts training steps without shortcuts")
     names = ("base", "peft", "aten", "triton") if on_gpu else ("base", "peft", "aten")
     groups = []
     for problem, modules in _problems(case).items():
@@ -143,7 +145,9 @@ def _problems(case: "Case") -> dict[Problem, list[tuple[str, ...]]]:
             tokens,
             (shapes[group[0]][0],),
             tuple(shapes[name][1] for name in group),
-            tuple(LowRank(ranks[name], i) for i, name in enumerate(group)),
+            tuple(
+                LowRank(ranks[name], i, dropout=case.dropout > 0) for i, name in enumerate(group)
+            ),
             itemsize=case.torch_dtype.itemsize,
             # PEFT keeps adapters in float32.
             factor_itemsize=4,

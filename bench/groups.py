@@ -46,7 +46,7 @@ class Group(nn.Module):
         self.names = list(sites)
         for name, n in sites.items():
             self.add_module(name, nn.Linear(k, n, bias=False).requires_grad_(False))
-        # Only what is called lora_ stays trainable when PEFT wraps the model.
+        # By this name the gate counts it among the adapters.
         self.lora_shortcut: nn.ParameterList | None = None
         if shortcut:
             n = next(iter(sites.values()))

@@ -3,6 +3,7 @@ ran.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heterolora.bench.steps import Step, adapter_parameters
 
-__all__ = ["Parity", "check_parity", "fusion_problem", "ran"]
+__all__ = ["OpCalls", "Parity", "check_parity", "fusion_problem", "ran", "verdict"]
 
 FP32_LIMIT = 1e-5
 LOW_PRECISION_FACTOR = 2.0
@@ -63,10 +64,10 @@ def check_parity(
     low_precision = _base_dtype(peft.module) in (torch.bfloat16, torch.float16)
     # Groups are learned during the first pass; what is timed, and so what is checked, comes after.
     _outputs_and_gradients(fused)
-    calls = _FusedCalls()
+    calls = OpCalls()
     with calls:
         found, found_gradients = _outputs_and_gradients(fused)
-    problem = fusion_problem(fused, calls.adapters, covers_all=covers_all)
+    problem = fusion_problem(fused, calls.adapters["group_linear"], covers_all=covers_all)
     if problem:
         return Parity(False, problem)
     theirs, their_gradients = _outputs_and_gradients(peft)
@@ -77,7 +78,7 @@ def check_parity(
         rule = f"relative difference to PEFT, limit {FP32_LIMIT:g}"
         _, output = _worst(found, theirs)
         worst, gradient = _worst(found_gradients, their_gradients)
-        return _verdict(rule, FP32_LIMIT, output, worst, gradient)
+        return verdict(rule, FP32_LIMIT, ("output", output), (f"gradient of {worst}", gradient))
 
     whose = "PEFT's own error" if lowp is None else "PEFT's with bf16 adapters"
     rule = f"error against float64 / {whose}, limit {LOW_PRECISION_FACTOR:g}"
@@ -88,7 +89,9 @@ def check_parity(
         rule += f", root mean square over {DRAWS} batches"
         squares = _pooled(*steps)
     (_, output), (worst, gradient) = map(_worst_ratio, squares)
-    return _verdict(rule, LOW_PRECISION_FACTOR, output, worst, gradient)
+    return verdict(
+        rule, LOW_PRECISION_FACTOR, ("output", output), (f"gradient of {worst}", gradient)
+    )
 
 
 def _squared_errors(fused: Step, theirs: Step, exact: Step) -> tuple[_Squares, _Squares]:
@@ -145,10 +148,10 @@ def _permuted(value: Tensor, generator: torch.Generator) -> Tensor:
 def ran(fused: Step) -> str:
     """As :func:`fusion_problem`, of a step that is run to see."""
     _outputs_and_gradients(fused)
-    calls = _FusedCalls()
+    calls = OpCalls()
     with calls:
         _outputs_and_gradients(fused)
-    return fusion_problem(fused, calls.adapters)
+    return fusion_problem(fused, calls.adapters["group_linear"])
 
 
 def fusion_problem(fused: Step, adapters_run: int, *, covers_all: bool = True) -> str:
@@ -172,17 +175,26 @@ def fusion_problem(fused: Step, adapters_run: int, *, covers_all: bool = True) -
     return ""
 
 
-class _FusedCalls(TorchDispatchMode):
-    """Counts the adapters that `heterolora::group_linear` computes, whatever `fuse` reports."""
+class OpCalls(TorchDispatchMode):
+    """Counts the calls of our ops, and the adapters they computed, whatever `fuse` reports.
+
+    Attributes:
+        calls: by name, without "heterolora::".
+        adapters: over all calls, by name of the op.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapters = 0
+        self.calls: Counter[str] = Counter()
+        self.adapters: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.heterolora.group_linear.default:
-            factors_a = args[3]
-            self.adapters += len(factors_a)
+        space, _, name = func._schema.name.partition("::")
+        if space == "heterolora":
+            self.calls[name] += 1
+            if name in ("group_linear", "group_score"):
+                factors_a = args[3]
+                self.adapters[name] += len(factors_a)
         return func(*args, **(kwargs or {}))
 
 
@@ -225,15 +237,12 @@ def _first_worst(errors: Mapping[str, float]) -> str:
     return max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
 
 
-def _verdict(rule: str, limit: float, output: float, worst: str, gradient: float) -> Parity:
-    problems = []
+def verdict(rule: str, limit: float, output: tuple[str, float], worst: tuple[str, float]) -> Parity:
+    """Green if both errors keep the limit; each comes with what it is the error of."""
     # `not <=` rather than `>`: NaN is red.
-    if not output <= limit:
-        problems.append(f"output {output:.3g}")
-    if not gradient <= limit:
-        problems.append(f"gradient of {worst} {gradient:.3g}")
+    problems = [f"{what} {error:.3g}" for what, error in (output, worst) if not error <= limit]
     reason = f"parity: {', '.join(problems)} ({rule})" if problems else ""
-    return Parity(not problems, reason, rule, _finite(output), _finite(gradient))
+    return Parity(not problems, reason, rule, _finite(output[1]), _finite(worst[1]))
 
 
 def _finite(value: float) -> float | None:

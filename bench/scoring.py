@@ -6,24 +6,27 @@ gradients by autograd, then one norm at a time in Python; `fused` the proxy that
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import heterolora
 from heterolora.bench import peers
-from heterolora.bench.parity import FP32_LIMIT, LOW_PRECISION_FACTOR, Parity
+from heterolora.bench.parity import (
+    FP32_LIMIT,
+    LOW_PRECISION_FACTOR,
+    OpCalls,
+    Parity,
+    verdict,
+)
 from heterolora.bench.steps import SEED, Step, Workload, with_adapters
 from heterolora.search.probe import draw_b
 from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, lora_factors
 from heterolora.search.scoring import Scorer
 
-__all__ = ["OpCalls", "PlainStep", "ScoringStep", "build_step", "check_parity"]
+__all__ = ["PlainStep", "ScoringStep", "build_step", "check_parity"]
 
 
 @dataclass
@@ -111,29 +114,6 @@ def build_step(
     return ScoringStep.of(workload, model, proxy=proxy, fuse_report=report)
 
 
-class OpCalls(TorchDispatchMode):
-    """Counts the calls of our ops, and the branches that the score op measured.
-
-    Attributes:
-        counts: calls by name, without "heterolora::".
-        measured: branches over all calls of the score op.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.measured = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, _, name = func._schema.name.partition("::")
-        if space == "heterolora":
-            self.counts[name] += 1
-        if func is torch.ops.heterolora.group_score.default:
-            factors_a = args[3]
-            self.measured += len(factors_a)
-        return func(*args, **(kwargs or {}))
-
-
 def check_parity(peft: PlainStep, fused: ScoringStep) -> Parity:
     """Compares the loss and every score of `fused` with those of `peft`; same weights, batch.
 
@@ -145,8 +125,9 @@ def check_parity(peft: PlainStep, fused: ScoringStep) -> Parity:
     with calls:
         found = fused.scores()
     candidates = len(lora_factors(fused.module))
-    if calls.measured != candidates:
-        return Parity(False, f"{calls.measured} of {candidates} candidates were measured by the op")
+    measured = calls.adapters["group_score"]
+    if measured != candidates:
+        return Parity(False, f"{measured} of {candidates} candidates were measured by the op")
     theirs = peft.scores()
     if list(found) != list(theirs):
         return Parity(False, "the two routes score other modules")
@@ -157,7 +138,7 @@ def check_parity(peft: PlainStep, fused: ScoringStep) -> Parity:
         errors = _errors(found, theirs)
         worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
         loss = _relative(*losses)
-        return _verdict(rule, FP32_LIMIT, loss, errors[worst], f"score of {worst}")
+        return verdict(rule, FP32_LIMIT, ("loss", loss), (f"score of {worst}", errors[worst]))
     wide = peft.in_float64()
     exact = PlainStep(wide.module, wide.inputs, wide.run, wide.output_grads, proxy=peft.proxy)
     truth, true_loss = exact.scores(), _loss(exact)
@@ -167,7 +148,7 @@ def check_parity(peft: PlainStep, fused: ScoringStep) -> Parity:
     loss = _relative(losses[0], true_loss) / max(_relative(losses[1], true_loss), step)
     own = max(_root_mean_square(_errors(theirs, truth)), torch.finfo(torch.float32).eps)
     score = _root_mean_square(_errors(found, truth)) / own
-    return _verdict(rule, LOW_PRECISION_FACTOR, loss, score, "scores")
+    return verdict(rule, LOW_PRECISION_FACTOR, ("loss", loss), ("scores", score))
 
 
 def _loss(step: Step) -> float:
@@ -188,15 +169,3 @@ def _relative(value: float, truth: float) -> float:
 
 def _root_mean_square(errors: Mapping[str, float]) -> float:
     return math.sqrt(sum(error * error for error in errors.values()) / len(errors))
-
-
-def _verdict(rule: str, limit: float, loss: float, score: float, what: str) -> Parity:
-    # `not <=` rather than `>`: NaN is red.
-    problems = [
-        f"{name} {error:.3g}"
-        for name, error in (("loss", loss), (what, score))
-        if not error <= limit
-    ]
-    reason = f"parity: {', '.join(problems)} ({rule})" if problems else ""
-    finite = [error if math.isfinite(error) else None for error in (loss, score)]
-    return Parity(not problems, reason, rule, *finite)

@@ -117,6 +117,7 @@ LAYERS = [
            batch=batch, length=length)
     for batch, length in ((2, 128), (16, 512))
     for name, what, builder, sizes in (
+        ("minilm", "MiniLM-L6", workloads.bert, {**_MINILM, "heads": 12}),
         ("roberta-large", "RoBERTa-large", workloads.roberta, _ROBERTA),
         ("opt-350m", "OPT-350M", workloads.opt, _OPT),
         ("llama-1b", "Llama-3.2-1B", workloads.llama, _LLAMA_1B),

@@ -17,74 +17,52 @@ __all__ = ["LinearStack", "bert", "linear_stack", "llama", "opt", "roberta"]
 VOCABULARY = 1000
 
 
-def bert(
-    *,
-    layers: int,
-    hidden: int,
-    ffn: int,
-    heads: int,
-    batch: int,
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Workload:
-    """BERT with SDPA attention and a two-class head; the six linears of each layer are adapted."""
+def bert(*, length: int, **sizes: Any) -> Workload:
+    """BERT with SDPA attention and a two-class head; the six linears of each layer are adapted.
+
+    Args:
+        sizes: layers, hidden, ffn, heads; batch, dtype, device.
+    """
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=length,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=2,
-        attn_implementation="sdpa",
-    )
-    return _transformer(
-        BertForSequenceClassification, config, r"bert\.encoder\..*", 2, batch, length, dtype, device
-    )
+    return _encoder(BertConfig, BertForSequenceClassification, length, length, **sizes)
 
 
-def roberta(
+def roberta(*, length: int, **sizes: Any) -> Workload:
+    """As `bert`, in RoBERTa."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    # RoBERTa counts positions from the padding id, 1, on.
+    positions = length + 2
+    return _encoder(RobertaConfig, RobertaForSequenceClassification, positions, length, **sizes)
+
+
+def _encoder(
+    config_class: Any,
+    architecture: Any,
+    positions: int,
+    length: int,
     *,
     layers: int,
     hidden: int,
     ffn: int,
     heads: int,
-    batch: int,
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    **batch: Any,
 ) -> Workload:
-    """RoBERTa with SDPA attention, two classes; the six linears of each layer are adapted."""
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    config = RobertaConfig(
+    config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        # RoBERTa counts positions from the padding id, 1, on.
-        max_position_embeddings=length + 2,
+        max_position_embeddings=positions,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         num_labels=2,
         attn_implementation="sdpa",
     )
-    return _transformer(
-        RobertaForSequenceClassification,
-        config,
-        r"roberta\.encoder\..*",
-        2,
-        batch,
-        length,
-        dtype,
-        device,
-    )
+    adapted = rf"{architecture.base_model_prefix}\.encoder\..*"
+    return _transformer(architecture, config, adapted, 2, length=length, **batch)
 
 
 def opt(
@@ -94,10 +72,8 @@ def opt(
     embedding: int,
     ffn: int,
     heads: int,
-    batch: int,
     length: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    **batch: Any,
 ) -> Workload:
     """OPT with post-norm and a projected embedding, as OPT-350M has; the six linears of each layer
     are adapted.
@@ -120,7 +96,7 @@ def opt(
         attn_implementation="sdpa",
     )
     adapted = r"model\.decoder\.layers\..*"
-    return _transformer(OPTForCausalLM, config, adapted, None, batch, length, dtype, device)
+    return _transformer(OPTForCausalLM, config, adapted, None, length=length, **batch)
 
 
 def llama(
@@ -130,10 +106,8 @@ def llama(
     ffn: int,
     heads: int,
     kv_heads: int,
-    batch: int,
     length: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    **batch: Any,
 ) -> Workload:
     """Llama with SDPA attention, next-token loss; the seven linears of each layer are adapted."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -152,7 +126,7 @@ def llama(
         eos_token_id=1,
     )
     adapted = r"model\.layers\..*"
-    return _transformer(LlamaForCausalLM, config, adapted, None, batch, length, dtype, device)
+    return _transformer(LlamaForCausalLM, config, adapted, None, length=length, **batch)
 
 
 def _transformer(
@@ -160,6 +134,7 @@ def _transformer(
     config: Any,
     adapted: str,
     classes: int | None,
+    *,
     batch: int,
     length: int,
     dtype: torch.dtype,

@@ -1,7 +1,7 @@
 """The base matmul by oneDNN, where that beats the BLAS that torch calls.
 
 torch computes float32 matmuls on x86 with MKL, which on an AMD processor leaves a tenth of the
-speed behind: oneDNN's took 0.86 to 0.97 of the time on an EPYC with AVX-512 (docs/ledger.md). The
+speed behind: oneDNN's took 0.87 to 0.96 of the time on an EPYC with AVX-512 (docs/ledger.md). The
 op is the one that torch's own compiler emits for frozen linear layers.
 """
 

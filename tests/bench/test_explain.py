@@ -131,6 +131,12 @@ def test_measured_ceilings_are_plausible():
     assert 0 < device.gap < 1e-3 and device.host == 0
 
 
+@pytest.mark.parametrize("name", ["scoring-tiny-4x16-fp32", "op-1024x1024-m1024-r16-fp32-shortcut"])
+def test_what_the_model_does_not_describe_is_an_error(name):
+    with pytest.raises(BenchError, match="predicts training steps without shortcuts"):
+        explain.explain_case(cases.CASES[name], H100, on_gpu=True)
+
+
 def test_unknown_device_and_case_are_errors():
     with pytest.raises(BenchError, match="'K80': no figures for it; auto, cpu, cuda, or one of"):
         cli.run(parse("--explain", "--case", "tiny-*", "--device", "K80"))

@@ -5,6 +5,7 @@ import torch
 
 import heterolora
 from heterolora.bench import scoring
+from heterolora.bench.parity import OpCalls
 from heterolora.bench.steps import twin, uniform_ranks
 from heterolora.bench.workloads import bert
 from heterolora.search.proxies import lora_factors
@@ -38,11 +39,11 @@ def test_gate_is_green_and_the_scores_are_no_zeros(load, proxy):
 @pytest.mark.parametrize("proxy", ["grad-norm", "snip"])
 def test_one_pass_calls_each_op_once_a_group(load, proxy):
     _, fused = built(load, proxy)
-    with scoring.OpCalls() as calls:
+    with OpCalls() as calls:
         fused()
     # The score op gives dX as well: a backward op beside it would compute dS a second time.
-    assert calls.counts == {"group_linear": GROUPS, "group_score": GROUPS}
-    assert calls.measured == len(load.targets)
+    assert calls.calls == {"group_linear": GROUPS, "group_score": GROUPS}
+    assert calls.adapters["group_score"] == len(load.targets)
 
 
 def test_the_plain_route_and_the_floor_use_none_of_our_ops(load):
@@ -50,10 +51,10 @@ def test_the_plain_route_and_the_floor_use_none_of_our_ops(load):
         name: scoring.build_step(name, twin(load), uniform_ranks(load.targets))
         for name in ("peft", "base-only")
     }
-    with scoring.OpCalls() as calls:
+    with OpCalls() as calls:
         for step in steps.values():
             step()
-    assert not calls.counts
+    assert not calls.calls
     assert not any(p.requires_grad for p in steps["base-only"].module.parameters())
 
 
