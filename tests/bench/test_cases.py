@@ -226,7 +226,9 @@ def test_list_names_every_case(capsys):
 def test_selection():
     assert [
         c.name
-        for c in cases.select(["tiny-*bf16-mixed", "minilm-1*bf16-mixed", "minilm-16x64-bf16-mixed"])
+        for c in cases.select(
+            ["tiny-*bf16-mixed", "minilm-1*bf16-mixed", "minilm-16x64-bf16-mixed"]
+        )
     ] == [
         "tiny-4x16-bf16-mixed",
         "minilm-16x64-bf16-mixed",
