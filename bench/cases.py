@@ -7,18 +7,20 @@ from functools import partial
 
 import torch
 
-from heterolora.bench import peers, scoring
+from heterolora.bench import peers, scoring, training
 from heterolora.bench.groups import copies, group, shortcut_step
 from heterolora.bench.harness import BenchError
 from heterolora.bench.parity import Parity, check_parity
-from heterolora.bench.shapes import GROUPS, LAYERS, MODELS, OPERATIONS, Shape
+from heterolora.bench.shapes import GROUPS, LAYERS, MODELS, OPERATIONS, TRAINED, Shape
 from heterolora.bench.steps import Step, Workload, mixed_ranks, sparse_ranks, uniform_ranks
 
 __all__ = ["CASES", "Case", "select"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of one step; a CPU core does some 1e11 a second. What is beyond is left to a GPU unless named.
-_CPU_FLOPS = {"op": 7e10, "group": 1.6e11, "layer": 3e11, "model": 4e11, "scoring": 1e11}
+_CPU_FLOPS = {
+    "op": 7e10, "group": 1.6e11, "layer": 3e11, "model": 4e11, "scoring": 1e11, "train": 1e11
+}  # fmt: skip
 _RANKS: dict[str, Callable[[Mapping[str, tuple[int, int]]], dict[str, int]]] = {
     "uniform": uniform_ranks,
     "mixed": mixed_ranks,
@@ -45,11 +47,13 @@ def _shortcut_step(variant: str, load: Workload, ranks: Mapping[str, int], dropo
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the benchmark: a training step of one workload, dtype and allocation.
+    """One line of the benchmark: a training step of one workload, dtype and allocation, or runs of
+    such steps.
 
     Attributes:
         name: unique, also the name of the result file.
-        kind: "op" (one linear), "group" (several on one input), "layer", "model" or "scoring".
+        kind: "op" (one linear), "group" (several on one input), "layer", "model", "scoring"
+            or "train" (whole runs).
         description: one line for `--list`.
         build: (dtype, device) -> a fresh workload, the same weights and batch on every call.
         shapes: sizes for the record.
@@ -62,6 +66,7 @@ class Case:
         step: makes a variant's step.
         parity: the gate, (PEFT step, fused step, and for a group alone in low precision the step of
             PEFT with adapters in that precision) -> outcome.
+        recipe: of the runs of a train case, None of all others.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Case:
     variants: tuple[str, ...] = _STEPS
     step: BuildStep = _peft_step
     parity: Callable[..., Parity] = check_parity
+    recipe: training.Recipe | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -84,13 +90,18 @@ class Case:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether a CPU runs it unasked. Active dropout is fused by the Triton kernels only."""
-        return self.flops <= _CPU_FLOPS[self.kind] and not self.dropout
+        """Whether a CPU runs it unasked. Active dropout is fused by the Triton kernels only, and
+        `train` takes a GPU where there is one.
+        """
+        taken = self.recipe is not None and torch.cuda.is_available()
+        return self.flops <= _CPU_FLOPS[self.kind] and not self.dropout and not taken
 
     @property
     def described(self) -> bool:
-        """Whether the cost model knows what a step does: no scoring pass, no shortcut."""
-        return self.kind != "scoring" and not self.shapes.get("shortcut")
+        """Whether the cost model knows what a step does: no scoring pass, no shortcut, no ranks
+        that are searched for.
+        """
+        return self.kind not in ("scoring", "train") and not self.shapes.get("shortcut")
 
     def ranks_of(self, targets: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """The rank of every target by name."""
@@ -139,6 +150,32 @@ def _of_scoring(shapes: list[Shape]) -> Iterator[Case]:
                 variants=("peft", "fused", "base-only"),
                 step=scoring.build_step,
                 parity=scoring.check_parity,
+            )
+
+
+def _of_training(shapes: list[Shape]) -> Iterator[Case]:
+    for shape in shapes:
+        recipe = (
+            training.Recipe(steps=6, untimed=2, gate_steps=4, scoring_batches=2)
+            if shape.quick
+            else training.Recipe()
+        )
+        for dtype in _DTYPES:
+            if dtype == "fp32" and shape.flops > 1e13:
+                continue  # nobody trains a billion frozen weights in float32
+            yield Case(
+                name=f"train-{shape.name}-{dtype}",
+                kind="train",
+                description=f"{shape.what}, {shape.batch}, {dtype}, {recipe.steps} steps of "
+                f"`train` with as many parameters as r={recipe.rank}",
+                build=_built(shape),
+                shapes=shape.sizes,
+                dtype=dtype,
+                ranks="uniform",
+                flops=shape.flops,
+                quick=shape.quick,
+                variants=tuple(training.ARMS),
+                recipe=recipe,
             )
 
 
@@ -199,11 +236,13 @@ def _operations() -> Iterator[Case]:
             if varied:
                 yield from one(m=m, ranks="r16", dropout=0.1)
                 yield from one(m=m, ranks="r16", shortcut=True)
+    for d, m in OPERATIONS.small:
+        yield from _of_group("op", f"op-{d}x{d}", m, d, {"proj": d}, "r16")
 
 
 def _groups() -> Iterator[Case]:
     for label, (k, sites) in GROUPS.items():
-        for m in (256, 1024, 8192):
+        for m in (64, 256, 1024, 8192):
             for ranks in ("r16", "mixed16"):
                 yield from _of_group("group", label, m, k, sites, ranks, multiple=6)
 
@@ -214,6 +253,7 @@ CASES: dict[str, Case] = {
         *_of_models(MODELS, "model"),
         *_of_models(LAYERS, "layer"),
         *_of_scoring([shape for shape in MODELS if shape.scored]),
+        *_of_training(TRAINED),
         *_operations(),
         *_groups(),
     ]

@@ -21,19 +21,23 @@ examples:
   heterolora bench --compile --out bench/results
   heterolora bench report bench/results --html bench.html --png plots
   heterolora bench --explain --case 'linears-*' --device H100
+  heterolora bench gpu --minutes 8 --out gpu
+  heterolora bench gpu --tune --minutes 30 --out gpu
 """
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _ROUNDS, _QUICK_ROUNDS = 15, 3
+_MINUTES = 8.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         nargs="?",
-        choices=("run", "report"),
+        choices=("run", "report", "gpu"),
         default="run",
-        help="run cases (default), or report: print the tables of result files",
+        help="run cases (default); report: print the tables of result files; gpu: check and "
+        "measure a GPU, cases in order of importance, going on where an earlier run stopped",
     )
     parser.add_argument(
         "folder",
@@ -75,8 +79,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write DIR/<device>/<case>.json for each case"
     )
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help=f"gpu: time to spend (default: {_MINUTES})"
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="gpu: spend it on tiles, and on the times dispatch looks up",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="report: write one HTML page")
     parser.add_argument("--png", type=Path, metavar="DIR", help="report: write the plots")
+    parser.add_argument(
+        "--dispatch",
+        type=Path,
+        metavar="DIR",
+        help="report: write the tables that dispatch looks up, DIR/<device>.json",
+    )
     parser.add_argument(
         "--readme",
         action="append",
@@ -104,16 +122,24 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
         BenchError: the request itself makes no sense (unknown case, no rounds, no such device,
             ...).
     """
+    from heterolora.bench.harness import BenchError
+
+    if args.action == "report":
+        return _report(args)
+    if args.action == "gpu":
+        return _gpu(args, argv)
+    if args.minutes is not None or args.tune:
+        raise BenchError("--minutes and --tune belong to `bench gpu`")
     from rich.console import Console
 
     from heterolora.bench import cases, report
-    from heterolora.bench.harness import BenchError
 
     out = Console()
-    if args.action == "report":
-        return _report(args)
-    if args.html or args.png or args.readme or args.folder != RESULTS:
-        raise BenchError("a folder, --html, --png and --readme belong to `bench report`")
+    wanted = args.html or args.png or args.readme or args.dispatch
+    if wanted or args.folder != RESULTS:
+        raise BenchError(
+            "a folder, --html, --png, --readme and --dispatch belong to `bench report`"
+        )
     if args.list:
         width = max(map(len, cases.CASES))
         for case in cases.CASES.values():
@@ -155,9 +181,26 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
     return _status(measured)
 
 
+def _gpu(args: argparse.Namespace, argv: list[str] | None) -> int:
+    from heterolora.bench import harness, suite
+
+    if args.out is None:
+        raise harness.BenchError("`bench gpu` keeps what it measures in a folder: --out DIR")
+    device = _device(args.device)
+    if device.type != "cuda" and args.device == "auto":
+        raise harness.BenchError("no CUDA device here; --device cpu rehearses with tiny cases")
+    minutes = _MINUTES if args.minutes is None else args.minutes
+    rounds = suite.ROUNDS if args.rounds is None else args.rounds
+    with harness.cpu_threads(args.threads):
+        return suite.run(
+            args.out, device, minutes=minutes, tune=args.tune, rounds=rounds, argv=argv
+        )
+
+
 def _report(args: argparse.Namespace) -> int:
-    from heterolora.bench import page, plots, readme, report
+    from heterolora.bench import calibrate, page, plots, readme, report, targets
     from heterolora.bench.harness import BenchError
+    from heterolora.kernels import measured
 
     runs = report.read_folder(args.folder)
     if args.html is not None:
@@ -166,15 +209,20 @@ def _report(args: argparse.Namespace) -> int:
     if args.png is not None:
         _check_writable(args.png)
         plots.write_pngs(runs, args.png)
+    if args.dispatch is not None:
+        _check_writable(args.dispatch)
+        for path, tuned in calibrate.path_tables(runs, args.dispatch).items():
+            measured.write(tuned, path)
     for file in args.readme:
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
             raise BenchError(f"{file}: cannot be read ({error.strerror})") from error
         file.write_text(readme.update(text, runs), encoding="utf-8")
-    if args.html is args.png is None and not args.readme:
+    if args.html is args.png is args.dispatch is None and not args.readme:
         # Not through the console: a Markdown table must not be wrapped to the terminal.
         print(report.markdown_table(runs), end="")
+        print(f"\n## Targets on a GPU\n\n{targets.targets_table(runs)}")
     return 0
 
 

@@ -8,7 +8,7 @@ has them.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ import torch
 
 from heterolora.bench import peers, record
 from heterolora.bench.harness import BenchError, stopwatch_for
-from heterolora.kernels.cost import Estimate, LowRank, Problem, estimate, fastest
-from heterolora.kernels.devices import HOST, PEAKS, Device, device_for
+from heterolora.kernels.cost import Estimate, LowRank, Problem, estimate
+from heterolora.kernels.devices import HOST, PEAKS, Device, cpu_name, device_for
+from heterolora.kernels.dispatch import Choice, decide
+from heterolora.kernels.measured import shipped_for
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,7 +109,7 @@ def explain_case(
                 tuple(modules),
                 problem,
                 {name: found[name] for name in names},
-                *_choice(problem, device, found, on_gpu),
+                *_choice(problem, device, on_gpu),
             )
         )
     expected = {
@@ -118,17 +120,14 @@ def explain_case(
     return CaseExplained(case.name, case.description, groups, expected, measured)
 
 
-def _choice(
-    problem: Problem, device: Device, found: Mapping[str, Estimate], on_gpu: bool
-) -> tuple[str, str]:
+def _choice(problem: Problem, device: Device, on_gpu: bool) -> Choice:
+    """What `fuse` would run on the device, by what was measured on it or by the cost model."""
     if not problem.live:
-        return "base", "no adapter"
-    if not on_gpu:
-        return "aten", "on a CPU always"
-    chosen = fastest(problem, device)
-    other = "triton" if chosen == "aten" else "aten"
-    mine, its = found[chosen].seconds * 1e3, found[other].seconds * 1e3
-    return chosen, f"{mine:.3f} ms expected, {other} {its:.3f} ms"
+        return Choice("base", "no adapter")
+    among = ("peft", "aten", "triton") if on_gpu else ("peft", "aten")
+    if on_gpu and any(branch.dropout for branch in problem.live):
+        among = ("peft", "triton")
+    return decide(problem, device, shipped_for(device.name), among)
 
 
 def _problems(case: "Case") -> dict[Problem, list[tuple[str, ...]]]:
@@ -226,7 +225,7 @@ def measure_device(device: torch.device, dtype: torch.dtype, *, scale: float = 1
     if not cuda:
         # A CPU runs an operation when it is launched: its overhead is a gap, not hidden.
         return Device.measured(
-            record.cpu_name(),
+            cpu_name(),
             flops=in_dtype,
             flops32=wide,
             bandwidth=bandwidth,

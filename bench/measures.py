@@ -1,5 +1,6 @@
 """What tables and plots show, computed from results: ratios, rates, bytes per token."""
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,8 @@ __all__ = [
     "devices",
     "family",
     "field_of",
+    "last_half",
+    "loss_difference",
     "memory_cases",
     "noise",
     "only",
@@ -29,6 +32,7 @@ __all__ = [
     "section",
     "spread",
     "step_seconds",
+    "tokens_per_second",
     "uniform",
     "work_of",
 ]
@@ -41,6 +45,7 @@ SECTIONS = {
     "group": "Linears that read one input",
     "op": "One linear",
     "scoring": "Scoring pass of the search",
+    "train": "Whole training runs",
 }
 
 
@@ -153,6 +158,31 @@ def step_seconds(run: BenchRun, result: CaseResult, variant: str) -> float | Non
     summary = result.timing.summary(variant)
     several = result.timing.clock == CpuStopwatch.clock and field_of(run, "threads") > 1
     return (summary.wall_milliseconds if several else summary.milliseconds) / 1e3
+
+
+def tokens_per_second(run: BenchRun, result: CaseResult, variant: str) -> float | None:
+    """Rows that each linear sees, padding included, over :func:`step_seconds`."""
+    seconds = step_seconds(run, result, variant)
+    return result.tokens / seconds if seconds else None
+
+
+def last_half(result: CaseResult, variant: str) -> list[float]:
+    """Mean loss over the last half of each run of a train case, by seed."""
+    if result.training is None:
+        return []
+    runs = result.training.losses.get(variant, [])
+    return [statistics.fmean(run[len(run) // 2 :]) for run in runs]
+
+
+def loss_difference(result: CaseResult, variant: str) -> tuple[float, float] | None:
+    """:func:`last_half` less that of the baseline with the same seed: mean over the seeds, and the
+    standard error of that mean; None with fewer than two seeds.
+    """
+    pairs = zip(last_half(result, variant), last_half(result, BASELINE), strict=False)
+    found = [mine - base for mine, base in pairs]
+    if len(found) < 2:
+        return None
+    return statistics.fmean(found), statistics.stdev(found) / math.sqrt(len(found))
 
 
 def ceilings(run: BenchRun, dtype: str) -> tuple[float, float] | None:

@@ -7,12 +7,14 @@ import torch
 
 import heterolora
 from heterolora.bench import external
+from heterolora.bench.graphed import GraphedStep
 from heterolora.bench.steps import Step, Workload, adapter_parameters, with_adapters
 
 __all__ = [
     "BASELINE",
     "COMPILED",
     "FLOOR",
+    "GRAPHED",
     "LOW_PRECISION",
     "VARIANTS",
     "build_step",
@@ -23,6 +25,7 @@ BASELINE = "peft"
 FLOOR = "base-only"
 LOW_PRECISION = "peft-lowp"
 COMPILED = {"compile-peft": "peft", "compile-fused": "fused"}
+GRAPHED = {"graph-peft": "peft", "graph-fused": "fused", "graph-base-only": "base-only"}
 VARIANTS = {
     "peft": "PEFT, eager: the baseline",
     "fused": "the same PeftModel after heterolora.fuse, implementations by dispatch",
@@ -30,6 +33,9 @@ VARIANTS = {
     "peft-lowp": "PEFT, autocast_adapter_dtype=False; in fp32 the same computation as the baseline",
     "aten": "fused with backend='aten': matmul and addmm",
     "triton": "fused with backend='triton'",
+    "graph-peft": "PEFT, the whole step replayed as one CUDA graph",
+    "graph-fused": "the fused model, the whole step replayed as one CUDA graph",
+    "graph-base-only": "the floor, replayed as one CUDA graph",
     "compile-peft": "torch.compile of PEFT",
     "compile-fused": "torch.compile of the fused model",
     "unsloth": "Unsloth's LoRA autograd functions on the PEFT layers",
@@ -46,6 +52,8 @@ def unavailable(
         return "on a CPU fused is aten"
     if variant == "triton" and device.type == "cpu":
         return "Triton's kernels need a GPU"
+    if variant in GRAPHED and device.type != "cuda":
+        return "CUDA graphs need a GPU"
     if variant in external.PEERS:
         return external.unavailable(variant, workload, ranks, device)
     return None
@@ -57,20 +65,26 @@ def build_step(
     """The training step of `variant`. Takes over `workload.model`: each needs its own
     :func:`steps.twin`.
     """
-    if variant == FLOOR:
-        return Step(workload.model, workload.floor_inputs, workload.run, workload.output_grads)
-    plain = COMPILED.get(variant, variant)
+    kind = GraphedStep if variant in GRAPHED else Step
+    plain = {**COMPILED, **GRAPHED}.get(variant, variant)
+    if plain == FLOOR:
+        return kind(workload.model, workload.floor_inputs, workload.run, workload.output_grads)
     model = with_adapters(
         workload, ranks, dropout=dropout, autocast_adapter_dtype=plain != LOW_PRECISION
     )
     report = None
     if plain in _BACKENDS:
         # With an example, because a compiler sees only the groups that were found before it.
-        report = heterolora.fuse(model, example=workload.inputs, backend=_BACKENDS[plain])
+        report = heterolora.fuse(
+            model,
+            example=workload.inputs,
+            backend=_BACKENDS[plain],
+            captured=variant in GRAPHED,
+        )
     if variant in external.PEERS:
         external.PEERS[variant].apply(model)
     optimizer = None
     if workload.trains:
         optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-4, fused=True)
     module: Any = torch.compile(model) if variant in COMPILED else model
-    return Step.of(workload, module, optimizer=optimizer, fuse_report=report)
+    return kind.of(workload, module, optimizer=optimizer, fuse_report=report)

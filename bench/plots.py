@@ -7,6 +7,7 @@ it needs was measured.
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from heterolora.bench.drawing import COLOURS, GRID, INK, key, panels, plain_log
@@ -26,6 +27,7 @@ from heterolora.bench.measures import (
 )
 from heterolora.bench.peers import BASELINE, FLOOR
 from heterolora.bench.record import BenchRun, CaseResult, slug
+from heterolora.bench.report import names_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -268,6 +270,31 @@ def _saved(runs: Sequence[BenchRun]) -> "Figure | None":
     return figure
 
 
+def _training(runs: Sequence[BenchRun]) -> "Figure | None":
+    """Mean loss of the seeds by step, over the range of the seeds; a panel a case."""
+    found = [result for _, result in only(runs, "train") if result.training is not None]
+    if not found:
+        return None
+    columns = min(2, len(found))
+    rows = -(-len(found) // columns)
+    figure, drawn = panels(0.5 + 2.5 * rows, rows, columns)
+    for axes in drawn[len(found) :]:
+        axes.remove()
+    for axes, result in zip(drawn, found, strict=False):
+        assert result.training is not None
+        for name in (BASELINE, "fused"):
+            by_step = list(zip(*result.training.losses[name], strict=True))
+            steps = range(1, len(by_step) + 1)
+            low, high = ([pick(losses) for losses in by_step] for pick in (min, max))
+            axes.fill_between(steps, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+            axes.plot(steps, [fmean(losses) for losses in by_step], color=COLOURS[name])
+        axes.set_title(result.case.removeprefix("train-"), fontsize=10, color=INK)
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss")
+    key(figure, (BASELINE, "fused"), names=names_in("train"))
+    return figure
+
+
 def _note(
     axes: "Axes",
     text: str,
@@ -341,5 +368,12 @@ PLOTS: dict[str, Plot] = {
         "one norm at a time), over one frozen forward and backward.",
         "no scoring pass was timed",
         _scoring,
+    ),
+    "train": Plot(
+        "Loss of training runs",
+        "Mean over the seeds, and their range: a searched allocation, fused, against the same rank "
+        "everywhere by PEFT, with as many trained parameters.",
+        "no training run was timed",
+        _training,
     ),
 }

@@ -3,28 +3,35 @@
 """
 
 import re
+import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
+from heterolora.bench import losses
 from heterolora.bench.harness import BenchError
 from heterolora.bench.measures import (
     DTYPES,
     counted,
     devices,
     field_of,
+    last_half,
+    loss_difference,
     memory_cases,
     noise,
     only,
     ratios,
     saved_per_token,
     spread,
+    tokens_per_second,
 )
 from heterolora.bench.peers import BASELINE, FLOOR
 from heterolora.bench.record import BenchRun, CaseResult
-from heterolora.bench.report import Table, markdown_of
+from heterolora.bench.report import Table, digits, markdown_of, names_in
 
 __all__ = ["BLOCKS", "update"]
 
+# A block that may wait for its first result.
+_PENDING = {"train": "Not measured yet."}
 _MARKER = re.compile(r"<!-- (/?)bench:(\S+) -->")
 
 
@@ -33,7 +40,7 @@ def update(text: str, runs: Sequence[BenchRun]) -> str:
 
     Raises:
         BenchError: an unknown block, one without its end, an end without its begin, or no result
-            for a block.
+            for a block that cannot wait for its first.
     """
     written, end = [], 0
     markers = iter(_MARKER.finditer(text))
@@ -41,8 +48,9 @@ def update(text: str, runs: Sequence[BenchRun]) -> str:
         closing, name = begin.groups()
         if closing:
             raise BenchError(f"{begin[0]}: no <!-- bench:{name} --> before it")
-        if name not in BLOCKS:
-            raise BenchError(f"{begin[0]}: unknown block; use one of {', '.join(BLOCKS)}")
+        if name not in BLOCKS and name not in losses.BLOCKS:
+            known = ", ".join([*BLOCKS, *losses.BLOCKS])
+            raise BenchError(f"{begin[0]}: unknown block; use one of {known}")
         last = next(markers, None)
         if last is None or last.groups() != ("/", name):
             raise BenchError(f"{begin[0]}: not followed by <!-- /bench:{name} -->")
@@ -52,8 +60,12 @@ def update(text: str, runs: Sequence[BenchRun]) -> str:
 
 
 def _block(name: str, runs: Sequence[BenchRun]) -> str:
+    if name in losses.BLOCKS:
+        return losses.BLOCKS[name](runs)
     parts = [BLOCKS[name](device, measured) for device, measured in devices(runs).items()]
     if not any(parts):
+        if name in _PENDING:
+            return _PENDING[name]
         raise BenchError(f"block {name!r}: no result to write it from; measure, or drop the block")
     return "\n\n".join(filter(None, parts))
 
@@ -199,12 +211,65 @@ def _memory(device: str, runs: Sequence[BenchRun]) -> str:
     return _titled(device, runs, note, head, rows)
 
 
+def _training(device: str, runs: Sequence[BenchRun]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for run, result in only(runs, "train"):
+        if result.timing is None or (training := result.training) is None:
+            continue
+        label = f"{result.case}, {training.weights}"
+        for name, arm in names_in("train").items():
+            rate, used = tokens_per_second(run, result, name), result.memory.get(name)
+            difference = loss_difference(result, name)
+            rows.append(
+                (
+                    label,
+                    arm,
+                    _with_quartiles(result, name, BASELINE),
+                    "" if rate is None else digits(rate),
+                    "" if used is None else f"{used.total / 1e6:,.1f}",
+                    f"{training.parameters[name]:,}",
+                    _ranks(result) if arm.endswith("searched") else str(training.rank),
+                    str(training.through_op[name]),
+                    f"{statistics.fmean(last_half(result, name)):.4f}",
+                    ""
+                    if difference is None or name == BASELINE
+                    else "{:+.4f} ± {:.4f}".format(*difference),
+                )
+            )
+            label = ""
+    head = (
+        "case",
+        "arm",
+        "step / PEFT, uniform",
+        "tokens/s",
+        "peak MB",
+        "trained parameters",
+        "ranks",
+        "adapters in the op",
+        "loss",
+        "loss less PEFT's, uniform",
+    )
+    note = (
+        "Each round trains every arm from the same seed. Time of a step: medians over rounds, "
+        "quartiles in brackets. Loss: mean over the last half of the run and over the seeds, and "
+        "the mean of the differences within a seed with its standard error."
+    )
+    return _titled(device, runs, note, head, rows, part="train")
+
+
+def _ranks(result: CaseResult) -> str:
+    values = list(result.ranks.values())
+    zeros = values.count(0)
+    return f"{min(values)} to {max(values)}" + (f", {zeros} of {len(values)} at 0" * (zeros > 0))
+
+
 BLOCKS: dict[str, Callable[[str, Sequence[BenchRun]], str]] = {
     "headline": _headline,
     "models": _models,
     "ops": _operations,
     "scoring": _scoring,
     "memory": _memory,
+    "train": _training,
 }
 
 
@@ -214,22 +279,23 @@ def _titled(
     note: str,
     head: tuple[str, ...],
     rows: list[tuple[str, ...]],
+    part: str | None = None,
 ) -> str:
-    """The table under a paragraph; empty without rows."""
+    """The table under a paragraph, which counts the rounds of a section; empty without rows."""
     if not rows:
         return ""
-    text = f"{_machine(device, runs)}. {note}"
+    text = f"{_machine(device, runs, part)}. {note}"
     wrapped = textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
     return f"{wrapped}\n\n{markdown_of(Table(head, rows))}"
 
 
-def _machine(device: str, runs: Sequence[BenchRun]) -> str:
-    """ "AMD EPYC, 1 thread, 15 rounds"; threads are a CPU's."""
+def _machine(device: str, runs: Sequence[BenchRun], part: str | None = None) -> str:
+    """ "AMD EPYC, 1 thread, 15 rounds"; threads are a CPU's, rounds those of one section or all."""
     parts = [device]
     threads = sorted({field_of(run, "threads") for run in runs})
     if all(field_of(run, "device_type") == "cpu" for run in runs):
         parts.append("1 thread" if threads == [1] else f"{' or '.join(map(str, threads))} threads")
-    rounds = {r.timing.rounds for _, r in only(runs) if r.timing is not None}
+    rounds = {r.timing.rounds for _, r in only(runs, part) if r.timing is not None}
     if rounds:
         low, high = min(rounds), max(rounds)
         parts.append(f"{low} rounds" if low == high else f"{low} to {high} rounds")

@@ -24,12 +24,48 @@ from heterolora.bench.harness import BenchError, Timing
 from heterolora.bench.memory import MemoryUse
 from heterolora.bench.parity import Parity
 from heterolora.bench.work import Work
+from heterolora.kernels.devices import cpu_name
 
-__all__ = ["SCHEMA_VERSION", "BenchRun", "CaseResult", "environment", "read_run", "write_run"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "BenchRun",
+    "CaseResult",
+    "Training",
+    "environment",
+    "read_run",
+    "write_run",
+]
 
 SCHEMA_VERSION = 2
 _KIND = "heterolora.bench"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "heterolora")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a train case has beside its timing, whose round i is a run with seed i and whose times
+    are those of one step.
+
+    Attributes:
+        weights: of the base model.
+        steps: optimizer steps of a run.
+        untimed: of these, the first ones, without a time.
+        rank: of the uniform allocation; the searched one is `CaseResult.ranks`.
+        parameters: trained ones, by variant.
+        through_op: adapters that the fused op runs in a step, by variant; dispatch can leave layers
+            to PEFT's own forward.
+        search_seconds: wall time of `heterolora.allocate`.
+        losses: by variant, round and step.
+    """
+
+    weights: str
+    steps: int
+    untimed: int
+    rank: int
+    parameters: dict[str, int]
+    through_op: dict[str, int]
+    search_seconds: float
+    losses: dict[str, list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +74,8 @@ class CaseResult:
     gate was red.
 
     Attributes:
-        kind: "op", "group", "layer", "model" or "scoring".
-        ranks: by module name.
+        kind: "op", "group", "layer", "model", "scoring" or "train".
+        ranks: by module name; of a train case the searched ones.
         tokens: rows that each adapted linear sees.
         layers: transformer layers, or copies of a group, that one step runs.
         repeats: copies of a group that one step runs, 1 for whole models: a time per group is that
@@ -50,6 +86,7 @@ class CaseResult:
         launches: by variant, of one step: kernels on a GPU, operator calls on a CPU.
         skipped: why a variant does not apply here, by variant.
         failed: the error of each variant that should have run.
+        training: of a train case that was timed, None of all others.
     """
 
     case: str
@@ -69,6 +106,7 @@ class CaseResult:
     launches: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    training: Training | None = None
 
     @property
     def green(self) -> bool:
@@ -116,14 +154,6 @@ def _without(option: str, arguments: list[str]) -> list[str]:
         place = kept.index(option)
         del kept[place : place + 2]
     return kept
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
@@ -189,6 +219,7 @@ def _result(item: Any, where: str) -> CaseResult:
     if not isinstance(item, dict):
         raise BenchError(f"{where.rstrip('.')}: expected an object")
     timing = item.get("timing")
+    training = item.get("training")
     used = _get(item, "memory", dict, where)
     result = CaseResult(
         case=_get(item, "case", str, where),
@@ -210,10 +241,34 @@ def _result(item: Any, where: str) -> CaseResult:
         launches=_get(item, "launches", dict, where),
         skipped=_get(item, "skipped", dict, where),
         failed=_get(item, "failed", dict, where),
+        training=None if training is None else _build(Training, training, f"{where}training"),
     )
     if result.green != (result.timing is not None):
         raise BenchError(f"{where}timing: a case has a timing exactly when its parity is green")
+    _check_training(result, where)
     return result
+
+
+def _check_training(result: CaseResult, where: str) -> None:
+    if (result.training is not None) != (result.kind == "train" and result.green):
+        raise BenchError(f"{where}training: a green train case has it, and no other")
+    if result.training is None or result.timing is None:
+        return
+    names, rounds = result.timing.seconds.keys(), result.timing.rounds
+    for key in ("parameters", "through_op", "losses"):
+        if getattr(result.training, key).keys() != names:
+            raise BenchError(f"{where}training.{key}: expected the variants of the timing")
+    for name, runs in result.training.losses.items():
+        shaped = isinstance(runs, list) and len(runs) == rounds
+        if not shaped or not all(_is_curve(run, result.training.steps) for run in runs):
+            raise BenchError(
+                f"{where}training.losses.{name}: expected a list of {result.training.steps} losses "
+                f"for each of {rounds} rounds"
+            )
+
+
+def _is_curve(run: Any, steps: int) -> bool:
+    return isinstance(run, list) and len(run) == steps and all(map(_is_time, run))
 
 
 def _timing(item: Any, where: str) -> Timing:
@@ -265,7 +320,10 @@ def _build(kind: Any, item: Any, where: str) -> Any:
 _JSON_TYPES: dict[Any, tuple[type, ...]] = {
     bool: (bool,),
     int: (int,),
+    float: (int, float),
     str: (str,),
+    dict[str, int]: (dict,),
+    dict[str, list[list[float]]]: (dict,),
     float | None: (int, float, type(None)),
     dict[str, list[float]]: (dict,),
 }

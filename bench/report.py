@@ -32,6 +32,7 @@ __all__ = [
     "markdown_of",
     "markdown_table",
     "memory_table",
+    "names_in",
     "parity_table",
     "read_folder",
     "time_table",
@@ -50,7 +51,15 @@ HEADER = (
     "saved B",
 )
 _OURS = ("fused", "aten", "triton", "compile-fused")
-_SCORING = {"peft": "plain route", "fused": "score op", FLOOR: "frozen pass"}
+_NAMES = {
+    "scoring": {"peft": "plain route", "fused": "score op", FLOOR: "frozen pass"},
+    "train": {
+        "peft": "PEFT, uniform",
+        "fused": "fused, searched",
+        "peft-searched": "PEFT, searched",
+        "fused-uniform": "fused, uniform",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ def time_table(runs: Sequence[BenchRun], part: str) -> Table:
     and filled for our own variants.
     """
     chosen = [result for _, result in only(runs, part)]
-    names = _names(part)
+    names = names_in(part)
     timed = {name for r in chosen if r.timing is not None for name in r.timing.seconds}
     others = sorted(timed - {BASELINE, FLOOR, *_OURS}, key=_order)
     base, floor = names.get(BASELINE, "PEFT"), names.get(FLOOR, "floor")
@@ -203,7 +212,7 @@ def work_table(runs: Sequence[BenchRun], part: str) -> Table:
 
 def memory_table(runs: Sequence[BenchRun], part: str) -> Table:
     """Bytes saved for backward per token and layer, and MB (10^6 bytes) of a training step."""
-    names, rows = _names(part), []
+    names, rows = names_in(part), []
     base_name, floor_name = names.get(BASELINE, "PEFT"), names.get(FLOOR, "floor")
     for _, result in only(runs, part):
         peft, floor = (saved_per_token(result, name) for name in (BASELINE, FLOOR))
@@ -348,8 +357,9 @@ def digits(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _names(part: str) -> dict[str, str]:
-    return _SCORING if part == "scoring" else {}
+def names_in(part: str) -> dict[str, str]:
+    """What variants are called in a section, where it is not their own name."""
+    return _NAMES.get(part, {})
 
 
 def _ratio(result: CaseResult, variant: str, baseline: str) -> str:

@@ -1,19 +1,24 @@
 """How one case is run: gate, time, memory, launches."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
-from heterolora.bench import harness, memory, peers
+from heterolora.bench import follow, harness, memory, peers, training
 from heterolora.bench.cases import Case
 from heterolora.bench.launches import launches
 from heterolora.bench.parity import Parity, ran
 from heterolora.bench.record import CaseResult
+from heterolora.bench.reviews import TrainingLoad
 from heterolora.bench.steps import Step, Workload, twin
 from heterolora.bench.work import minimum
 
 __all__ = ["build", "gate", "run_case", "variants"]
+
+_BASE = peers.BASELINE
 
 
 def build(
@@ -27,20 +32,37 @@ def build(
     return case.step(variant, twin(load), ranks, case.dropout if dropout else 0.0)
 
 
-def gate(case: Case, load: Workload, ranks: Mapping[str, int]) -> tuple[Parity, dict[str, Step]]:
+def gate(
+    case: Case, load: Workload, ranks: Mapping[str, int], names: Sequence[str] = ()
+) -> tuple[Parity, dict[str, Step]]:
     """The case's parity check, and the steps it compared.
 
-    With dropout it compares without: the masks differ by design (`heterolora verify` compares them
-    with the specification's).
+    Each implementation among `names` is judged by itself; the dispatch takes one of them, or PEFT's
+    own layers, which prove nothing. With dropout it compares without: the masks differ by design
+    (`heterolora verify` compares them with the specification's).
+
+    Args:
+        names: of the variants to be timed; without any the fused one is judged as a whole.
     """
-    names = [peers.BASELINE, "fused"]
+    steps = {name: build(case, name, load, ranks, dropout=False) for name in (_BASE, "fused")}
+    others = []
     if case.kind in ("op", "group") and case.dtype != "fp32":
-        names.append(peers.LOW_PRECISION)
-    steps = {name: build(case, name, load, ranks, dropout=False) for name in names}
-    parity = case.parity(*steps.values())
-    if parity.green and case.dropout:
-        problem = ran(build(case, "fused", load, ranks))
-        parity = Parity(False, problem) if problem else parity
+        steps[peers.LOW_PRECISION] = build(case, peers.LOW_PRECISION, load, ranks, dropout=False)
+        others.append(steps[peers.LOW_PRECISION])
+    judged = [name for name in ("aten", "triton") if name in names]
+    report = steps["fused"].fuse_report
+    if not judged and report is not None and report.left and "aten" in case.variants:
+        judged = ["aten"]
+    for name in judged:
+        steps[name] = build(case, name, load, ranks, dropout=False)
+    judged = judged or ["fused"]
+    for name in judged:
+        parity = case.parity(steps[_BASE], steps[name], *others)
+        if parity.green and case.dropout and name == judged[-1]:
+            problem = ran(build(case, name, load, ranks))
+            parity = Parity(False, problem) if problem else parity
+        if not parity.green:
+            break
     return parity, steps
 
 
@@ -85,36 +107,18 @@ def run_case(
         on_phase: told what begins.
         on_round: told how many timed rounds are done.
     """
+    if case.recipe is not None:
+        return _run_training(case, case.recipe, device, rounds, on_phase, on_round)
     on_phase("parity")
     load = case.build(case.torch_dtype, device)
     ranks = case.ranks_of(load.targets)
     names, skipped = variants(case, load, ranks, device, compiled=compiled)
-    parity, steps = gate(case, load, ranks)
-
-    def result(**found: object) -> CaseResult:
-        return CaseResult(
-            case=case.name,
-            kind=case.kind,
-            description=case.description,
-            shapes=dict(case.shapes),
-            dtype=case.dtype,
-            ranks=ranks,
-            tokens=load.tokens,
-            layers=load.layers,
-            repeats=load.repeats,
-            dropout=case.dropout,
-            work=minimum(
-                _groups(steps["fused"], load),
-                load.targets,
-                ranks,
-                tokens=load.tokens,
-                itemsize=case.torch_dtype.itemsize,
-            ),
-            parity=parity,
-            skipped=skipped,
-            **found,  # type: ignore[arg-type]
-        )
-
+    parity, steps = gate(case, load, ranks, names)
+    if "aten" in steps and "aten" not in names:
+        # On a CPU it is what is fused, unless the dispatch left some of it to PEFT.
+        names.append("aten")
+        skipped.pop("aten", None)
+    result = partial(_result, case, load, ranks, parity, steps["fused"], skipped=skipped)
     if not parity.green:
         return result()
 
@@ -154,6 +158,71 @@ def run_case(
     )
 
 
+def _run_training(
+    case: Case,
+    recipe: training.Recipe,
+    device: torch.device,
+    rounds: int,
+    on_phase: Callable[[str], None],
+    on_round: Callable[[int], None] | None,
+) -> CaseResult:
+    """As `run_case`, of whole runs. The gate compares one step of the searched ranks, every
+    gradient, and then the losses of runs.
+    """
+    training.check_device(device)
+    on_phase("search")
+    load = case.build(case.torch_dtype, device)
+    assert isinstance(load, TrainingLoad)
+    plan = training.search(load, recipe)
+    on_phase("parity")
+    ranks = plan.searched.ranks
+    judged = ["aten", *(["triton"] if device.type == "cuda" else [])]
+    parity, steps = gate(case, follow.gate_load(plan.load), ranks, judged)
+    if parity.green:
+        parity = follow.losses_follow(plan, parity)
+    result = partial(_result, case, plan.load, ranks, parity, steps.pop("fused"))
+    steps.clear()
+    gc.collect()
+    if not parity.green:
+        return result()
+    on_phase("timing")
+    timing, trained = training.measure_time(plan, rounds, device, on_round)
+    on_phase("memory and launches")
+    used, counted = training.measure_memory(plan, device)
+    return result(timing=timing, training=trained, memory=used, launches=counted)
+
+
+def _result(
+    case: Case,
+    load: Workload,
+    ranks: Mapping[str, int],
+    parity: Parity,
+    fused: Step,
+    **found: Any,
+) -> CaseResult:
+    return CaseResult(
+        case=case.name,
+        kind=case.kind,
+        description=case.description,
+        shapes=dict(case.shapes),
+        dtype=case.dtype,
+        ranks=dict(ranks),
+        tokens=load.tokens,
+        layers=load.layers,
+        repeats=load.repeats,
+        dropout=case.dropout,
+        work=minimum(
+            _groups(fused, load),
+            load.targets,
+            ranks,
+            tokens=load.tokens,
+            itemsize=case.torch_dtype.itemsize,
+        ),
+        parity=parity,
+        **found,
+    )
+
+
 def _groups(fused: Step, load: Workload) -> list[tuple[str, ...]]:
     """The fused groups, and every other target alone."""
     report = fused.fuse_report
@@ -165,6 +234,7 @@ def _groups(fused: Step, load: Workload) -> list[tuple[str, ...]]:
 def _memory_of(step: Step, device: torch.device) -> memory.MemoryUse:
     step.clear_gradients()
     saved = memory.saved_bytes(step.forward, exclude=step.tensors())
-    peak = memory.peak_bytes(step, device)
+    # Launched one by one: a replay allocates nothing, its memory was taken by the capture.
+    peak = memory.peak_bytes(partial(Step.__call__, step), device)
     step.clear_gradients()
     return memory.MemoryUse(memory.resident_bytes(step.tensors()), peak, saved)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from heterolora.bench import workloads
+from heterolora.bench import reviews, workloads
 from heterolora.bench.steps import Workload
 
-__all__ = ["GROUPS", "LAYERS", "MODELS", "OPERATIONS", "Operations", "Shape"]
+__all__ = ["GROUPS", "LAYERS", "MODELS", "OPERATIONS", "TRAINED", "Operations", "Shape"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,18 @@ MODELS = [
     _shape("llama-8b", "Llama-3.1-8B shapes", workloads.llama, _LLAMA_8B, batch=4, length=1024),
 ]  # fmt: skip
 
+# Trained on real text, so that their builders also bring rows.
+TRAINED = [
+    _shape(
+        "tiny", "2-layer BERT, hidden 64", reviews.classifier, _TINY,
+        batch=4, length=16, quick=True,
+    ),
+    _shape("minilm", "MiniLM-L6", reviews.minilm, _MINILM, {"heads": 12}, batch=32, length=32),
+    _shape(
+        "llama-1b", "Llama-3.2-1B shapes", reviews.language, _LLAMA_1B, batch=8, length=1024
+    ),
+]  # fmt: skip
+
 
 def _alone(builder: Callable[..., Workload]) -> Callable[..., Workload]:
     """A layer whose input needs a gradient in every variant, as inside its model."""
@@ -136,12 +148,14 @@ class Operations:
         tokens: rows of the input.
         varied: (in_features, out_features, tokens) at which ranks, dropout and shortcuts vary.
         ranks: allocations there; r16 everywhere else.
+        small: (features, tokens) of square linears so small that calls cost more than their work.
     """
 
     shapes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
     varied: frozenset[tuple[int, int, int]]
     ranks: tuple[str, ...]
+    small: tuple[tuple[int, int], ...]
 
 
 OPERATIONS = Operations(
@@ -154,13 +168,14 @@ OPERATIONS = Operations(
     tokens=(256, 1024, 4096, 8192, 16384),
     varied=frozenset({(1024, 1024, 1024), (2048, 2048, 8192), (4096, 4096, 8192)}),
     ranks=("r8", "r16", "r64", "r128", "mixed16", "sparse16"),
+    small=((128, 32), (384, 64), (384, 256), (768, 64), (1024, 64)),
 )
 
 # in_features, and out_features by name.
 GROUPS: dict[str, tuple[int, dict[str, int]]] = {
     **{
         f"qkv-{d}": (d, dict.fromkeys(("q_proj", "k_proj", "v_proj"), d))
-        for d in (768, 1024, 2048, 4096)
+        for d in (384, 768, 1024, 2048, 4096)
     },
     "qkv-4096-gqa": (4096, {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}),
     "gate-up-2048": (2048, {"gate_proj": 8192, "up_proj": 8192}),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from heterolora import errors, kernels
     from heterolora.io import load_adapter, save_adapter
     from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
+    from heterolora.trainers import GraphedTrainer
     from heterolora.training import FuseCallback
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "Budget",
     "FuseCallback",
     "FuseReport",
+    "GraphedTrainer",
     "SearchSpace",
     "adapt",
     "allocate",
@@ -39,6 +41,7 @@ _HOME = {
     "Allocation": "search",
     "Budget": "search",
     "FuseCallback": "training",
+    "GraphedTrainer": "trainers",
     "SearchSpace": "search",
     "adapt": "search",
     "allocate": "search",

@@ -8,6 +8,7 @@ recompute under checkpointing, a sibling that is never called.
 """
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from heterolora.decline import (
     layer_reason,
 )
 from heterolora.kernels import Branch, Site, group_linear, low_rank_add
+from heterolora.kernels.dispatch import Choice, quickest
 from heterolora.own_base import observed, output_reason, run_base
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ class Member:
         self.layer = layer
         self.fusion = fusion
         self.group: Group | None = None
+        # Shape and dtype of the last input that `auto` was asked about.
+        self.asked: tuple[torch.Size, torch.dtype] | None = None
+        # Of inputs for which PEFT's own forward is expected to be faster.
+        self.left: set[tuple[torch.Size, torch.dtype]] = set()
         # Why the base's output cannot be added to; seen only once the base has run.
         self.unfit: str | None = None
         layer.forward = self.forward
@@ -52,6 +58,8 @@ class Member:
             self.fusion.record(self, x)
         if not compiling and self.fusion.scorer is not None:
             self.fusion.scorer.called(self.name)
+        elif self.left and not compiling and (x.shape, x.dtype) in self.left:
+            return type(self.layer).forward(self.layer, x, *args, **kwargs)
         group = self.group if self.group is not None and self.group.window_open else None
         reason = call_reason(args, kwargs)
         if reason is None:
@@ -62,6 +70,7 @@ class Member:
             y = run([self], x)[0] if group is None else group.run(self, x)
             if y is not None:
                 return y
+            # Nothing speaks against a layer that was left to PEFT for its speed.
             reason = self.unfit
         if not compiling and reason is not None:
             self.fusion.warn_once(reason)
@@ -86,6 +95,8 @@ class Group:
         self.waiting: dict[str, Tensor] = {}
         for member in members:
             member.group = self
+            # It was asked about alone.
+            member.left.clear()
         self.handles: list[RemovableHandle] = [
             ancestor.register_forward_pre_hook(self._open),
             ancestor.register_forward_hook(self._close, always_call=True),
@@ -139,9 +150,15 @@ class Fusion:
     """All that `fuse` did to one model; kept on the model, undone by :meth:`remove`."""
 
     def __init__(
-        self, entries: list[nn.Module], layers: dict[str, nn.Module], backend: str
+        self,
+        entries: list[nn.Module],
+        layers: dict[str, nn.Module],
+        backend: str,
+        *,
+        captured: bool,
     ) -> None:
         self.backend = backend
+        self.captured = captured
         self.members = {name: Member(name, layer, self) for name, layer in layers.items()}
         self.groups: list[Group] = []
         self.unseen = set(layers)
@@ -199,6 +216,26 @@ class Fusion:
             self._warned.add(reason)
             logger.warning("fused layers now run PEFT's own forward: %s", reason)
 
+    def choices(self, names: Collection[str], rows: int) -> dict[str, Choice]:
+        """What `auto` runs for the layers of these names that have dense bases, and why.
+
+        Args:
+            rows: of an input, for layers that have not been called.
+        """
+        found: dict[str, Choice] = {}
+        grouped = [group.members for group in self.groups]
+        alone = [[member] for member in self.members.values() if member.group is None]
+        for members in (*grouped, *alone):
+            members = [m for m in members if m.name in names and is_dense(m.layer)]
+            if members:
+                weight = dense_weight(members[0].layer)
+                shape, dtype = members[0].asked or ((rows, weight.shape[1]), weight.dtype)
+                x = weight.new_empty((), dtype=dtype).expand(shape)
+                sites, branches = _sites(members), _branches(members)
+                choice = quickest(x, sites, branches, captured=self.captured)
+                found.update((member.name, choice) for member in members)
+        return found
+
     def remove(self) -> None:
         for member in self.members.values():
             bound = member.layer.__dict__.get("forward")
@@ -246,14 +283,16 @@ class Fusion:
 
 def run(members: list[Member], x: Tensor) -> list[Tensor | None]:
     """Run the members' base layers and adapters on x: one operation for those with dense bases, one
-    for each dtype that the others' bases return. None where that cannot be added to.
+    for each dtype that the others' bases return. None where that cannot be added to, and for dense
+    ones where PEFT's own layers are expected to be faster.
     """
     outputs: dict[str, Tensor] = {}
+    dense = [member for member in members if is_dense(member.layer)]
+    if dense:
+        _collect(outputs, dense, _dense(dense, x))
     own: dict[torch.dtype, list[tuple[Member, Tensor]]] = {}
-    dense = []
-    for member in members:
-        if is_dense(member.layer):
-            dense.append(member)
+    for member in members if len(dense) < len(members) else ():
+        if member in dense:
             continue
         y = run_base(member.layer, x)
         reason = output_reason(member.layer, x, y)
@@ -261,28 +300,41 @@ def run(members: list[Member], x: Tensor) -> list[Tensor | None]:
             own.setdefault(y.dtype, []).append((member, y))
         else:
             member.unfit = reason
-    if dense:
-        _collect(outputs, dense, _dense(dense, x))
     for pairs in own.values():
         adding, bases = [member for member, _ in pairs], [y for _, y in pairs]
-        branches, options = _branches(adding, x)
+        branches = _branches(adding)
+        options = _options(branches, x, adding[0].fusion.backend)
         _collect(outputs, adding, low_rank_add(bases, x, branches, **options))
     return [outputs.get(member.name) for member in members]
 
 
 def _dense(members: list[Member], x: Tensor) -> list[Tensor]:
+    """The outputs, or none at all where PEFT's own layers are expected to be faster."""
+    fusion, sites, branches = members[0].fusion, _sites(members), _branches(members)
+    if torch.compiler.is_compiling():
+        # A compiler leaves out most of what makes a call slow, and would be asked anew for the one
+        # pass that scores.
+        return group_linear(x, sites, branches, **_options(branches, x, fusion.backend))
+    if fusion.scorer is not None:
+        names = [member.name for member in members]
+        options = _options(branches, x, fusion.backend)
+        return fusion.scorer.run(names, x, sites, branches, **options)
+    path = fusion.backend
+    if path == "auto":
+        path = quickest(x, sites, branches, captured=fusion.captured).path
+        for member in members:
+            member.asked = x.shape, x.dtype
+            if path == "peft":
+                member.left.add(member.asked)
+    return [] if path == "peft" else group_linear(x, sites, branches, **_options(branches, x, path))
+
+
+def _sites(members: list[Member]) -> list[Site]:
     layers = [member.layer for member in members]
-    sites = [Site(dense_weight(layer), layer.base_layer.bias) for layer in layers]
-    branches, options = _branches(members, x)
-    # Compiled code does not look at it: it would be compiled anew for the one pass that scores.
-    scorer = None if torch.compiler.is_compiling() else members[0].fusion.scorer
-    if scorer is not None:
-        return scorer.run([member.name for member in members], x, sites, branches, **options)
-    return group_linear(x, sites, branches, **options)
+    return [Site(dense_weight(layer), layer.base_layer.bias) for layer in layers]
 
 
-def _branches(members: list[Member], x: Tensor) -> tuple[list[Branch], dict[str, Any]]:
-    """One branch a member, and the options of the call that they share."""
+def _branches(members: list[Member]) -> list[Branch]:
     branches = []
     for index, member in enumerate(members):
         layer = member.layer
@@ -290,15 +342,20 @@ def _branches(members: list[Member], x: Tensor) -> tuple[list[Branch], dict[str,
         factors = layer.lora_A[name].weight, layer.lora_B[name].weight
         p = dropout_probability(layer, name)
         branches.append(Branch(index, *factors, layer.scaling[name], dropout=p))
+    return branches
+
+
+def _options(branches: list[Branch], x: Tensor, implementation: str) -> dict[str, Any]:
+    """Of the call that the branches share."""
     if not any(branch.dropout for branch in branches):
-        return branches, {"implementation": members[0].fusion.backend}
+        return {"implementation": implementation}
     # From torch's own generator, so that seeding, checkpointing and graph replay govern it.
     seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
-    return branches, {"implementation": "triton", "seed": seed}
+    return {"implementation": "triton", "seed": seed}
 
 
 def _collect(outputs: dict[str, Tensor], members: list[Member], values: list[Tensor]) -> None:
-    outputs.update((member.name, y) for member, y in zip(members, values, strict=True))
+    outputs.update((member.name, y) for member, y in zip(members, values, strict=False))
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:

@@ -21,21 +21,19 @@ logger = logging.getLogger(__name__)
 class LossCheck(TrainerCallback):
     """Raises TrainingError on a NaN or infinite loss, before it is logged as fine or saved.
 
-    Losses are read from the model's own output and looked at in bulk, because reading each one
-    would make a GPU wait for every step. Before each checkpoint the trainable weights are looked
-    at too: the last step can spoil them with a loss that is still finite.
+    The trainer has to call :meth:`observe` with each loss. Losses are looked at in bulk, because
+    reading each one would make a GPU wait for every step. Before each checkpoint the trainable
+    weights are looked at too: the last step can spoil them with a loss that is still finite.
     """
 
     def __init__(self, every: int = 25) -> None:
         self._every = every
         self._losses: list[tuple[int, torch.Tensor]] = []
         self._step = 0
-        self._hook: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._hook = kwargs["model"].register_forward_hook(self._record)
+    def observe(self, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
+        """Remember the loss of a batch; the tensor is read later."""
+        self._losses.append((self._step, loss.detach()))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,18 +60,7 @@ class LossCheck(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.close()
         self._check(kwargs["model"], args, saving=True)
-
-    def close(self) -> None:
-        """Take the hook off the model; also after an exception, which passes on_train_end by."""
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _record(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        loss = output.get("loss") if isinstance(output, Mapping) else None
-        if module.training and loss is not None:
-            self._losses.append((self._step, loss.detach()))
 
     def _check(self, model: torch.nn.Module, args: TrainingArguments, *, saving: bool) -> None:
         losses, self._losses = self._losses, []
@@ -149,22 +136,25 @@ class Interrupt(TrainerCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Wall time and tokens of the training steps, without evaluation, saving and the first step.
+    """Wall time and tokens of the training steps, without evaluation, saving and the first steps.
 
-    The device is waited for only where a stretch of steps ends, so timing does not slow training.
+    The trainer has to call :meth:`observe` with each batch. The device is waited for only where a
+    stretch of steps ends, so timing does not slow training.
+
+    Args:
+        skipped: steps at the beginning that are left out.
 
     Attributes:
-        seconds_per_step: mean; None with fewer than two steps.
-        tokens_per_second: attended tokens; None with fewer than two steps.
+        seconds_per_step: mean; None where no step is left.
+        tokens_per_second: attended tokens; None where no step is left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, skipped: int = 1) -> None:
         self._started: float | None = None
-        self._warm = False
+        self._to_skip = skipped
         self._seconds = 0.0
         self._steps = 0
         self._tokens: Any = 0
-        self._hook: Any = None
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -174,23 +164,26 @@ class StepTimer(TrainerCallback):
     def tokens_per_second(self) -> float | None:
         return int(self._tokens) / self._seconds if self._steps else None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._hook = kwargs["model"].register_forward_hook(self._count, with_kwargs=True)
+    def observe(self, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
+        """Count the tokens of a batch."""
+        if self._to_skip:
+            return
+        if inputs.get("attention_mask") is not None:
+            self._tokens = self._tokens + inputs["attention_mask"].sum()
+        elif inputs.get("input_ids") is not None:
+            self._tokens = self._tokens + inputs["input_ids"].numel()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._started is None:
+        if self._started is None and not self._to_skip:
             self._started = _now()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._warm:
-            self._warm = True
-            self._started = None
+        if self._to_skip:
+            self._to_skip -= 1
             return
         self._steps += 1
         if control.should_save or control.should_evaluate or control.should_training_stop:
@@ -201,28 +194,10 @@ class StepTimer(TrainerCallback):
     ) -> None:
         self._pause()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the hook off the model; also after an exception, which passes on_train_end by."""
-        if self._hook is not None:
-            self._hook.remove()
-
     def _pause(self) -> None:
         if self._started is not None:
             self._seconds += _now() - self._started
             self._started = None
-
-    def _count(self, module: torch.nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
-        if not module.training or not self._warm:
-            return
-        if kwargs.get("attention_mask") is not None:
-            self._tokens = self._tokens + kwargs["attention_mask"].sum()
-        elif kwargs.get("input_ids") is not None:
-            self._tokens = self._tokens + kwargs["input_ids"].numel()
 
 
 class Progress(TrainerCallback):

@@ -148,6 +148,7 @@ def _train(args: argparse.Namespace) -> int:
         save_steps=args.save_steps,
         gradient_checkpointing=args.gradient_checkpointing,
         bf16=args.bf16,
+        cuda_graph=args.cuda_graph,
         progress=sys.stderr.isatty(),
     )
     report = result.report
@@ -164,7 +165,9 @@ def _train(args: argparse.Namespace) -> int:
             "seconds_per_step": result.seconds_per_step,
             "tokens_per_second": result.tokens_per_second,
             "fused": report.fused if report else {},
+            "left": report.left if report else {},
             "declined": report.declined if report else {},
+            "cuda_graph": result.cuda_graph,
             "log_history": result.log_history,
         },
         [
@@ -173,6 +176,7 @@ def _train(args: argparse.Namespace) -> int:
             + (f", {result.seconds_per_step:.3f} s a step" if result.seconds_per_step else ""),
             f"{allocation.parameters:,} LoRA parameters; "
             + (str(report) if report else "PEFT's own forward"),
+            *([f"CUDA graphs: {result.cuda_graph}"] if result.cuda_graph else []),
             f"adapter: {result.adapter}",
         ],
     )

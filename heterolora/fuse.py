@@ -26,29 +26,42 @@ class FuseReport:
     Attributes:
         fused: what each fused layer runs on: "aten" or "triton", followed by ", own base matmul"
             where the base layer runs by itself (quantised, hooked, any forward of its own) and the
-            low-rank part is added to its output. Under "auto" on a GPU every call chooses for its
-            number of rows; named is the choice for 8192.
+            low-rank part is added to its output. Under "auto" every call chooses for its number of
+            rows; named is the choice for the example's, without one for 8192.
+        left: why each layer that could be fused runs PEFT's own forward, which is expected to be
+            faster at the example's size. Only under "auto".
         declined: why each other layer keeps PEFT's own forward for now. Reasons that can pass
             (merged, disabled, active dropout, ...) are looked at again at every call.
         groups: layers known so far to share one input, which run as one operation.
+        why: of each layer's path under "auto", with the times expected for its group, forward and
+            backward, in milliseconds.
+        advice: what would make "auto" surer on this device, or "".
     """
 
     fused: dict[str, str] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
     groups: tuple[tuple[str, ...], ...] = ()
+    left: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    advice: str = ""
 
     def __str__(self) -> str:
         lines = [
             f"{len(self.fused)} LoRA layers fused, {len(self.declined)} declined, "
-            f"{len(self.groups)} groups"
+            + (f"{len(self.left)} left to PEFT, " if self.left else "")
+            + f"{len(self.groups)} groups"
+        ]
+        paths = [(f"fused, {path}", self.why.get(name, "")) for name, path in self.fused.items()]
+        paths += [("left to PEFT", why) for why in self.left.values()]
+        lines += [
+            f"  {path}: {count}" + (f" ({why})" if why else "")
+            for (path, why), count in sorted(Counter(paths).items())
         ]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.declined.items():
             reasons.setdefault(reason, []).append(name)
-        paths = Counter(self.fused.values())
-        lines += [f"  fused, {path}: {count}" for path, count in sorted(paths.items())]
         lines += [f"  declined, {why}: {', '.join(names)}" for why, names in reasons.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"  {self.advice}"] if self.advice else [])])
 
 
 def fuse(
@@ -57,6 +70,7 @@ def fuse(
     strict: bool = False,
     backend: str = "auto",
     example: Mapping[str, Any] | None = None,
+    captured: bool = False,
 ) -> FuseReport:
     """Run the LoRA layers of a PEFT model on the fused path, in place and reversibly.
 
@@ -69,10 +83,13 @@ def fuse(
         model: a `PeftModel`, or any model with LoRA layers injected.
         strict: raise instead of declining any layer.
         backend: "aten" (matmuls), "triton" (the project's kernels; the only one with active
-            dropout), or "auto": what is expected to be faster, "aten" on a CPU.
+            dropout), or "auto": for each group and number of rows what was measured or else is
+            expected to be the fastest, PEFT's own layers included.
         example: keyword arguments of one forward pass, on the model's device. Used once, without
             gradients, in evaluation mode and with the random state restored, to find the groups
             before the first step, so that a resumed run repeats the first one to the bit.
+        captured: steps will be captured in CUDA graphs, so "auto" counts the host's time for
+            nothing.
 
     Returns:
         The state of every LoRA layer.
@@ -83,7 +100,8 @@ def fuse(
     """
     # Here, so that importing heterolora does not import peft and transformers.
     from heterolora.binding import Fusion
-    from heterolora.decline import layer_reason, nesting_reason
+    from heterolora.decline import dense_weight, layer_reason, nesting_reason
+    from heterolora.kernels.dispatch import advice
     from heterolora.own_base import adds_low_rank
 
     if backend not in _BACKENDS:
@@ -115,7 +133,7 @@ def fuse(
         for name, layer in layers.items()
         if adds_low_rank(layer) and "forward" not in layer.__dict__ and not nesting_reason(layer)
     }
-    fusion = Fusion(_entries(model), free, backend)
+    fusion = Fusion(_entries(model), free, backend, captured=captured)
     model.__dict__["_heterolora"] = fusion
     if earlier is not None:
         fusion.adopt(earlier)
@@ -123,10 +141,16 @@ def fuse(
         with _undisturbed(model):
             model(**example)
         fusion.commit()
+    choices = fusion.choices(fused, _ROWS) if backend == "auto" else {}
+    fused |= {name: choice.path for name, choice in choices.items()}
+    devices: set[torch.device] = {dense_weight(layers[name]).device for name in choices}
     return FuseReport(
-        fused=fused,
+        fused={name: path for name, path in fused.items() if path != "peft"},
         declined=declined,
         groups=tuple(tuple(m.name for m in group.members) for group in fusion.groups),
+        left={name: choice.reason for name, choice in choices.items() if choice.path == "peft"},
+        why={name: choice.reason for name, choice in choices.items()},
+        advice=" ".join(filter(None, map(advice, devices))),
     )
 
 

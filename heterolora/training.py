@@ -5,11 +5,9 @@ finite before it can reach a checkpoint, a stop with a checkpoint on Ctrl-C, and
 leave evaluation and saving out.
 """
 
-import json
 import logging
 import math
 import random
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -19,14 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from heterolora.callbacks import Interrupt, LossCheck, Progress, StepTimer
+from heterolora.capture import WARM_UP
+from heterolora.checkpoints import newest_checkpoint, prepare_folder
 from heterolora.data import TokenizedData
 from heterolora.errors import FuseError, TrainingError
 from heterolora.fuse import FuseReport, fuse, unfuse
 from heterolora.io import save_adapter
+from heterolora.trainers import WatchedGraphedTrainer, WatchedTrainer, constant_length, graph_reason
 
 __all__ = ["FuseCallback", "TrainResult", "TrainingInterrupted", "newest_checkpoint", "train"]
 
@@ -53,6 +54,9 @@ class FuseCallback(TrainerCallback):
     first step. Under `torch.nn.DataParallel`, which Trainer takes for several GPUs in one process,
     nothing is fused, and the log says so: its copies of a layer cannot be told apart.
 
+    Args:
+        strict, backend, captured: as of :func:`heterolora.fuse`.
+
     Attributes:
         report: what was fused and declined; None before training began, or if nothing was tried.
 
@@ -60,9 +64,12 @@ class FuseCallback(TrainerCallback):
         FuseError: `strict` is set and a layer was declined, or the model has no LoRA layer.
     """
 
-    def __init__(self, *, strict: bool = False, backend: str = "auto") -> None:
+    def __init__(
+        self, *, strict: bool = False, backend: str = "auto", captured: bool = False
+    ) -> None:
         self.strict = strict
         self.backend = backend
+        self.captured = captured
         self.report: FuseReport | None = None
 
     def on_train_begin(
@@ -83,7 +90,13 @@ class FuseCallback(TrainerCallback):
         unwrapped = _unwrapped(model)
         with _random_state_kept():
             example = _example(train_dataloader, next(unwrapped.parameters()).device)
-            self.report = fuse(unwrapped, strict=self.strict, backend=self.backend, example=example)
+            self.report = fuse(
+                unwrapped,
+                strict=self.strict,
+                backend=self.backend,
+                example=example,
+                captured=self.captured,
+            )
         logger.info("%s", self.report)
 
     def on_train_end(
@@ -102,10 +115,12 @@ class TrainResult:
         log_history: Trainer's log, one dict an entry.
         steps: optimizer steps done in all, those before a resume included.
         seconds: of this call, evaluation and saving included.
-        seconds_per_step: mean over the steps of this call without the first, evaluation and saving
-            left out; None with fewer than two steps.
+        seconds_per_step: mean over the steps of this call without the first (with CUDA graphs the
+            first four), evaluation and saving left out; None where no step is left.
         tokens_per_second: attended tokens over the same steps.
         report: what was fused; None without fusing.
+        cuda_graph: what became of `cuda_graph=True`: "1 shape captured, 496 of 500 steps replayed",
+            or why no step was; None if it was not asked for.
     """
 
     adapter: Path
@@ -116,6 +131,7 @@ class TrainResult:
     seconds_per_step: float | None
     tokens_per_second: float | None
     report: FuseReport | None
+    cuda_graph: str | None = None
 
 
 def train(
@@ -137,6 +153,7 @@ def train(
     logging_steps: int = 10,
     gradient_checkpointing: bool = False,
     bf16: bool = False,
+    cuda_graph: bool = False,
     progress: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
@@ -153,6 +170,11 @@ def train(
             then those of an uninterrupted run, bit for bit.
         overwrite: delete the checkpoints and the adapter of an earlier run in `output_dir`.
         bf16: run the forward pass under bf16 autocast.
+        cuda_graph: replay steps as CUDA graphs, as :class:`heterolora.trainers.GraphedTrainer`
+            does, with every batch padded to the longest row of the data. It pays where a step is
+            small enough to be bound by launches. Where no graph can be had (no CUDA device,
+            `gradient_checkpointing`, ...) training runs without, and the log and the result say
+            why.
         progress: draw a bar on stderr; otherwise the log goes to the ``heterolora`` logger.
 
     Raises:
@@ -162,7 +184,7 @@ def train(
     """
     output = Path(output_dir)
     _check_settings(model, data, epochs, max_steps, learning_rate, batch_size, save_steps, bf16)
-    checkpoint = _prepare_folder(output, model, resume=resume, overwrite=overwrite)
+    checkpoint = prepare_folder(output, model, resume=resume, overwrite=overwrite)
     splits = data.splits
     validation = splits.get("validation")
     every = "steps" if save_steps else "epoch"
@@ -196,14 +218,16 @@ def train(
         prediction_loss_only=data.task == "causal-lm",
         **(_checkpointing() if gradient_checkpointing else {}),
     )
-    fusing = FuseCallback() if fused else None
-    bar, check, interrupt, timer = Progress(draw=progress), LossCheck(), Interrupt(), StepTimer()
+    graphed = cuda_graph and graph_reason(arguments) is None
+    fusing = FuseCallback(captured=graphed) if fused else None
+    bar, check, interrupt = Progress(draw=progress), LossCheck(), Interrupt()
+    timer = StepTimer(skipped=WARM_UP + 1 if graphed else 1)
     classify = data.task == "classification"
     unfuse(model)
-    trainer = Trainer(
+    trainer = (WatchedGraphedTrainer if cuda_graph else WatchedTrainer)(
         model=model,
         args=arguments,
-        data_collator=data.collator,
+        data_collator=constant_length(data) if graphed else data.collator,
         train_dataset=splits["train"],
         eval_dataset=validation,
         processing_class=data.tokenizer,
@@ -211,6 +235,7 @@ def train(
         preprocess_logits_for_metrics=_predictions if classify else None,
         # After the user's, so that these see what those asked for.
         callbacks=[*callbacks, *([fusing] if fusing else []), bar, check, interrupt, timer],
+        watchers=[check.observe, timer.observe],
     )
     trainer.remove_callback(PrinterCallback)
     try:
@@ -219,8 +244,7 @@ def train(
     finally:
         # An exception passes on_train_end by.
         unfuse(model)
-        for callback in (bar, check, timer):
-            callback.close()
+        bar.close()
     if interrupt.saved:
         saved = newest_checkpoint(output)
         if saved is None:
@@ -244,20 +268,8 @@ def train(
         seconds_per_step=timer.seconds_per_step,
         tokens_per_second=timer.tokens_per_second,
         report=fusing.report if fusing else None,
+        cuda_graph=getattr(trainer, "graph_summary", None),
     )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step; one cut off while it was written is passed by.
-
-    Trainer writes ``trainer_state.json`` last.
-    """
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / "trainer_state.json").is_file():
-            complete.append((int(step), path))
-    return max(complete)[1] if complete else None
 
 
 def _check_settings(
@@ -289,47 +301,6 @@ def _check_settings(
         raise TrainingError("no parameter of the model is trainable")
     if len(data.splits["train"]) == 0:
         raise TrainingError("the train split has no rows")
-
-
-def _prepare_folder(output: Path, model: Any, *, resume: bool, overwrite: bool) -> Path | None:
-    if resume and overwrite:
-        raise TrainingError("--resume and --overwrite exclude each other")
-    if output.exists() and not output.is_dir():
-        raise TrainingError(f"{output} is a file: --out must be a folder")
-    if resume:
-        checkpoint = newest_checkpoint(output)
-        if checkpoint is None:
-            raise TrainingError(f"nothing to resume: {output} has no complete checkpoint")
-        _check_same_adapter(model, checkpoint)
-        return checkpoint
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            raise TrainingError(
-                f"{output} is not empty: choose another --out, or give --resume or --overwrite"
-            )
-        for path in (*output.glob("checkpoint-*"), output / "adapter"):
-            if path.is_dir():
-                shutil.rmtree(path)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"cannot write to {output}: {error.strerror}") from error
-    return None
-
-
-def _check_same_adapter(model: Any, checkpoint: Path) -> None:
-    path = checkpoint / "adapter_config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot resume from {checkpoint}: {path.name}: {error}") from error
-    config = model.peft_config[model.active_adapter]
-    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
-        if saved.get(name) != getattr(config, name):
-            raise TrainingError(
-                f"cannot resume from {checkpoint}: it was trained with another {name}; "
-                "give the allocation or rank of that run"
-            )
 
 
 def _checkpointing() -> dict[str, Any]:

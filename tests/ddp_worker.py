@@ -19,7 +19,7 @@ def main(folder: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     base = build("bert")
     model = with_lora(base, {n: 1 + i % 8 for i, n in enumerate(_names(base))})
-    heterolora.fuse(model, strict=True)
+    heterolora.fuse(model, strict=True, backend="aten")
     trained = model
     if world > 1:
         dist.init_process_group("gloo")

@@ -178,7 +178,7 @@ def test_search_then_train_then_a_resume_that_has_nothing_left(
     trained = json.loads((tmp_path / "train.json").read_text())
     assert trained["steps"] == 2 and trained["parameters"] == found["parameters"]
     chosen = {name for name, rank in found["ranks"].items() if rank}
-    assert set(trained["fused"]) == chosen and trained["declined"] == {}
+    assert {*trained["fused"], *trained["left"]} == chosen and trained["declined"] == {}
     weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     ranks = [value.shape[0] for key, value in weights.items() if key.endswith("lora_A.weight")]
     assert sorted(ranks) == sorted(rank for rank in found["ranks"].values() if rank)
@@ -196,9 +196,26 @@ def test_train_without_fusing_gives_the_same_result(
         words = TRAIN.replace("{out}/run", f"{{out}}/{name}") + " --json -" + flag
         assert cli.main(_filled(words, files, tmp_path)) == 0
         result = json.loads(capsys.readouterr().out)
-        assert bool(result["fused"]) is (name == "fused")
+        assert bool(result["fused"] or result["left"]) is (name == "fused")
         losses.append(result["metrics"]["test_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_cuda_graphs_that_cannot_be_had_stop_nothing(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA graphs")
+    words = TRAIN + " --cuda-graph --json {out}/train.json"
+    assert cli.main(_filled(words, files, tmp_path)) == 0
+    captured = capsys.readouterr()
+    line = "steps run without a CUDA graph: no CUDA device"
+    assert captured.err.splitlines().count(line) == 1
+    assert "CUDA graphs: no CUDA device" in captured.out.splitlines()
+    assert json.loads((tmp_path / "train.json").read_text())["cuda_graph"] == "no CUDA device"
+    words = TRAIN.replace("{out}/run", "{out}/plain") + " --json -"
+    assert cli.main(_filled(words, files, tmp_path)) == 0
+    assert json.loads(capsys.readouterr().out)["cuda_graph"] is None
 
 
 def test_causal_lm_from_end_to_end(

@@ -129,6 +129,7 @@ def test_public_names() -> None:
         "Budget",
         "FuseCallback",
         "FuseReport",
+        "GraphedTrainer",
         "SearchSpace",
         "adapt",
         "allocate",

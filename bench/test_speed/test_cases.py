@@ -43,6 +43,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     pairs = [
         pytest.param(case.name, variant, id=f"{case.name}-{variant}")
         for case in chosen
+        # Whole runs are no benchmark's single call.
+        if case.recipe is None
         for variant in case.variants
         if compiled or variant not in peers.COMPILED
     ]

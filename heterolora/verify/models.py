@@ -18,7 +18,7 @@ def check_model(name: str) -> str | None:
         torch.manual_seed(0)
         model, batch = MODELS[name]()
     plain = _logits_and_gradients(model, batch)
-    report = heterolora.fuse(model, example=batch)
+    report = heterolora.fuse(model, example=batch, backend="aten")
     if report.declined:
         return f"declined: {report.declined}"
     with OpCounter() as counter:

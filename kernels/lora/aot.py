@@ -5,12 +5,11 @@ the options and the specialised arguments they get on a GPU. It happens in proce
 where a driver that only names its target replaces Triton's.
 
 `python -m heterolora.kernels.aot` checks; `--write-table` records registers and shared memory in
-`tuned/resources.json`, which later checks compare with.
+`tuned/resources.json` and instructions in `tuned/mix.json`, which later checks compare with.
 """
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import sys
@@ -19,19 +18,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from .aot_cases import BUCKETED, FEATURES, QUICK, Case, run
+from . import mixes, sass
+from .aot_cases import ALTERNATIVES, BUCKETED, FEATURES, QUICK, Case, run
 from .aot_read import ARCHS, Arch, Usage, faults, usage
-from .configs import Launch, shipped
+from .aot_tables import different, read_table, worse, write_table
+from .configs import Launch
+from .mixes import Mix
+from .tile_tables import Tile, alternatives, shipped
 
-__all__ = ["TABLE", "Compiled", "check", "compile_all", "main"]
-
-TABLE = Path(__file__).parent / "tuned" / "resources.json"
-
+__all__ = ["Compiled", "check", "compile_all", "main"]
 # float32 is compiled for both precisions of its products.
 _TYPES = (
     (torch.bfloat16, "ieee"),
@@ -42,9 +41,9 @@ _TYPES = (
 # These get every kernel at every block, but not the other cases: Ada and consumer Ampere compile as
 # sm_80 does, with the tiles of sm_120, and nothing of AMD's has run yet.
 _FEW = ("sm_86", "sm_89", "gfx942")
+# Those whose tiles depend on shapes; sm_86 would compile as sm_89 does.
+_CHOOSING = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 _QUICK_ARCHS = ("sm_80", "sm_90", "sm_120")
-# A patch release of Triton, or of the assembler inside, may use a few more registers.
-_SLACK = 8
 # The table is of one version of Triton; others may keep this many bytes of a thread on its stack:
 # 3.6.0 keeps 8 in every kernel with tensor descriptors for sm_120, whatever the tile.
 _STACK = 16
@@ -57,11 +56,13 @@ class Compiled(NamedTuple):
         name: "arch dtype case: kernel".
         usage: None if it did not compile.
         problem: None if all is well.
+        mix: what `mixes` keeps of it, with its name there; None if nothing.
     """
 
     name: str
     usage: Usage | None
     problem: str | None
+    mix: tuple[str, Mix] | None = None
 
 
 class _Job(NamedTuple):
@@ -88,7 +89,7 @@ def compile_all(archs: Sequence[str] | None = None, *, quick: bool = False) -> I
         RuntimeError: Triton's interpreter is switched on in this process.
     """
     jobs = _jobs(archs, quick)
-    if _recorded() is None:
+    if read_table() is None:
         jobs = [job._replace(stack=_STACK) for job in jobs]
     workers = min(len(os.sched_getaffinity(0)), len(jobs), 8)
     context = multiprocessing.get_context("spawn")
@@ -114,35 +115,15 @@ def check(
     than the table says, if that was made with this Triton (of the same major and minor version).
     Arguments and errors as `compile_all`.
     """
-    recorded = _recorded()
+    recorded = read_table()
     for compiled in compile_all(archs, quick=quick):
         problem = compiled.problem
         if problem is None and compiled.usage is not None and recorded is not None:
-            problem = _worse(compiled.usage, recorded.get(compiled.name))
+            problem = worse(compiled.usage, recorded.usages.get(compiled.name))
+        if problem is None and compiled.mix is not None and recorded is not None:
+            name, found = compiled.mix
+            problem = different(found, recorded.mixes.get(name))
         yield compiled.name, problem
-
-
-def _family() -> str:
-    import triton
-
-    return ".".join(triton.__version__.split(".")[:2])
-
-
-def _recorded() -> Mapping[str, Sequence[int]] | None:
-    """The table's rows, or None if it was made with another Triton, whose code differs."""
-    table = json.loads(TABLE.read_text())
-    return table["kernels"] if table["triton"] == _family() else None
-
-
-def _worse(found: Usage, before: Sequence[int] | None) -> str | None:
-    if before is None:
-        return f"not in {TABLE.name}: python -m heterolora.kernels.aot --write-table adds it"
-    registers, shared = before
-    if found.registers > registers + _SLACK:
-        return f"{found.registers} registers, {registers} in {TABLE.name}"
-    if found.shared > shared:
-        return f"{found.shared} bytes of shared memory, {shared} in {TABLE.name}"
-    return None
 
 
 def _jobs(archs: Sequence[str] | None, quick: bool) -> list[_Job]:
@@ -172,6 +153,8 @@ def _jobs(archs: Sequence[str] | None, quick: bool) -> list[_Job]:
         if dtype == torch.bfloat16:
             for rank in BUCKETED:
                 jobs.append(_Job(name, dtype, precision, (rank,)))
+            if name in _CHOOSING:
+                jobs.append(_Job(name, dtype, precision, ALTERNATIVES))
             if name not in _FEW:
                 jobs.append(_Job(name, dtype, precision, FEATURES, _alike()))
         else:
@@ -233,12 +216,21 @@ class _Compiler:
         self.figures: dict[str, Usage] = {}
         self.launched: list[tuple[str, str]] = []
         self.found: list[Compiled] = []
+        recorded = read_table()
+        self.mixes = recorded.mixes if recorded else {}
 
     def run(self, case: Case) -> list[tuple[str, str]]:
         """Run a case; returns (kernel, hash of its code) of each launch."""
         self.case, self.launched = case, []
+        about = (self.arch.capability, self.job.dtype.itemsize)
+        tiles = dict(shipped(*about, hip=self.arch.backend == "hip"))
+        if case.alternative:
+            choices = alternatives(*about, hip=self.arch.backend == "hip")
+            if not all(case.alternative < len(choice) for choice in choices.values()):
+                return []
+            tiles.update({kernel: choice[case.alternative] for kernel, choice in choices.items()})
         launch = Launch(
-            shipped(self.arch.capability, self.job.dtype.itemsize, hip=self.arch.backend == "hip"),
+            tiles,
             programs=self.arch.programs,
             precision=self.job.precision,
             index64=case.index64 or None,
@@ -250,6 +242,8 @@ class _Compiler:
 
     def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         name = kernel.__name__.removesuffix("_kernel")
+        if self.case.alternative and name not in mixes.KERNELS:
+            return
         if kernel not in self.kernels:
             # Compiled for another target, in this process, they would be taken for this one.
             kernel.device_caches.clear()
@@ -270,18 +264,47 @@ class _Compiler:
                 self.figures[key],
                 ieee=self.job.dtype == torch.float32 and self.job.precision == "ieee",
                 wide=self.job.dtype.itemsize > 2,
+                few=self.case.few,
                 aligned=self.case.aligned,
                 stack=self.job.stack,
             )
-            self._add(name, self.figures[key], "; ".join(wrong) or None)
+            mix = None
+            if self._has_mix(name):
+                try:
+                    mix = self._mix(name, compiled, options)
+                except ValueError as error:
+                    wrong.append(str(error))
+            self._add(name, self.figures[key], "; ".join(wrong) or None, mix)
         self.launched.append((name, key))
 
-    def _add(self, kernel: str, figures: Usage | None, problem: str | None) -> None:
+    def _has_mix(self, kernel: str) -> bool:
+        wanted = self.case in (*BUCKETED, *ALTERNATIVES) and self.case.ranks in ((16,), (64,))
+        known = self.job.arch in _CHOOSING and self.job.dtype == torch.bfloat16
+        return wanted and known and kernel in mixes.KERNELS
+
+    def _mix(self, kernel: str, compiled: Any, options: Mapping[str, Any]) -> tuple[str, Mix]:
+        # The names of dx are those of its product, whose columns are k.
+        n, k = ("BLOCK_K", "BLOCK_N") if kernel == "dx" else ("BLOCK_N", "BLOCK_K")
+        sizes = [options[name] for name in ("BLOCK_M", n, k, "num_warps", "num_stages")]
+        tile, block_r = Tile(*sizes), options["BLOCK_R"]
+        name = mixes.mix_name(self.job.arch, kernel, tile, block_r)
+        before = self.mixes.get(name)
+        if before is not None and before.code == sass.digest(compiled.asm["ptx"]):
+            return name, before
+        return name, sass.mix(compiled, tile, block_r)
+
+    def _add(
+        self,
+        kernel: str,
+        figures: Usage | None,
+        problem: str | None,
+        mix: tuple[str, Mix] | None = None,
+    ) -> None:
         first = f"{self.job.arch} {_label(self.job)} {self.case.name}: {kernel}"
         before = {compiled.name for compiled in self.found}
         names = itertools.chain([first], (f"{first} {i}" for i in itertools.count(2)))
         name = next(name for name in names if name not in before)
-        self.found.append(Compiled(name, figures, problem))
+        self.found.append(Compiled(name, figures, problem, mix))
 
 
 def _descriptors(job: _Job) -> bool:
@@ -329,26 +352,19 @@ def _compile(job: _Job) -> list[Compiled]:
     return found
 
 
-def _write(rows: Sequence[Compiled]) -> None:
-    # Recorded: registers and shared memory; spills are not for the table to excuse.
-    kernels = {row.name: list(row.usage[:2]) for row in rows if row.usage is not None}
-    lines = [f"    {json.dumps(name)}: {json.dumps(kernels[name])}" for name in sorted(kernels)]
-    head = f'{{\n  "triton": {json.dumps(_family())},\n  "columns": ["registers", "shared"],\n'
-    TABLE.write_text(head + '  "kernels": {\n' + ",\n".join(lines) + "\n  }\n}\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m heterolora.kernels.aot`; 0 if all is well, 1 if not."""
     parser = argparse.ArgumentParser(prog="python -m heterolora.kernels.aot", description=__doc__)
     parser.add_argument("--arch", action="append", choices=list(ARCHS), help="only this one")
     parser.add_argument("--quick", action="store_true", help="a few cases")
-    parser.add_argument("--write-table", action="store_true", help=f"rewrite {TABLE.name}")
+    parser.add_argument("--write-table", action="store_true", help="rewrite what it compares with")
     args = parser.parse_args(argv)
     if args.write_table:
         if args.arch or args.quick:
             parser.error("--write-table needs the whole matrix: without --arch and --quick")
         rows = list(compile_all())
-        _write(rows)
+        usages = {row.name: row.usage for row in rows if row.usage is not None}
+        write_table(usages, dict(row.mix for row in rows if row.mix is not None))
         decided: Iterator[tuple[str, str | None]] = ((row.name, row.problem) for row in rows)
     else:
         decided = check(args.arch, args.quick)

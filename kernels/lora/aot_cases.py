@@ -11,7 +11,7 @@ from . import fused
 from .buckets import BucketLayout, bucket_layout
 from .configs import Launch
 
-__all__ = ["BUCKETED", "FEATURES", "QUICK", "Case", "run"]
+__all__ = ["ALTERNATIVES", "BUCKETED", "FEATURES", "QUICK", "Case", "run"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Case:
         tma: tensor descriptors where the GPU has them.
         backward, score: run these as well.
         needs: which gradients: any of "x", "bias", "a" and "b".
+        alternative: of the tiles that shapes choose from, the one at this place; 0 is the shipped
+            one. The kernels that have no choice are left out of any other.
     """
 
     name: str
@@ -53,6 +55,12 @@ class Case:
     backward: bool = True
     score: bool = False
     needs: tuple[str, ...] = ("x", "a", "b")
+    alternative: int = 0
+
+    @property
+    def few(self) -> bool:
+        """Whether there are so few rows that sums over k are split."""
+        return self.m <= 64
 
     @property
     def aligned(self) -> bool:
@@ -65,6 +73,7 @@ _ONE = (4096,)
 # that expand and dx take no more than 64 at a time.
 BUCKETED = (
     *(Case(f"r{rank}", (rank,), _ONE, score=True) for rank in (16, 32, 64, 128)),
+    *(Case(f"few r{rank}", (rank,), _ONE, m=64, backward=False) for rank in (16, 64)),
     *(Case(f"tma r{rank}", (rank,), _ONE, tma=True, backward=False) for rank in (16, 32, 64)),
 )
 # What changes the code otherwise.
@@ -77,13 +86,23 @@ FEATURES = (
     Case("transposed", (16, 16), (4096, 1024), transposed=True),
     Case("tma transposed", (16,), _ONE, transposed=True, tma=True, backward=False),
     Case("added", (16, 16, 16), base=False),
-    Case("split", (16,), _ONE, m=64, backward=False),
+    Case("few mixed", (4, 24, 160), m=64, bias=True, backward=False),
     Case("only dB", (16,), _ONE, needs=("b",)),
     Case("index64", (16,), _ONE, index64=True),
     Case("odd r16", (16, 16, 16), (4097, 1023, 1023), m=8191, k=4095),
     Case("odd r128", (128,), (4097,), m=8191, k=4095),
 )
-QUICK = (BUCKETED[0], BUCKETED[4], FEATURES[3])
+# The tiles for matmuls of few rows: their code, and the most that their registers must hold.
+ALTERNATIVES = tuple(
+    Case(f"{name}tile {place}", ranks, ns, tma=tma, backward=not tma, bias=bias, alternative=place)
+    for place in (1, 2, 3)
+    for tma in (False, True)
+    for name, ranks, ns, bias in (
+        ("tma " if tma else "", (16,), _ONE, False),
+        ("tma mixed " if tma else "mixed ", (64, 0, 128), (4096, 1024, 1024), True),
+    )
+)
+QUICK = (BUCKETED[0], BUCKETED[4], BUCKETED[6], FEATURES[3])
 
 
 def run(case: Case, dtype: torch.dtype, launch: Launch) -> None:

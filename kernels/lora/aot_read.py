@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["ARCHS", "Arch", "Usage", "faults", "usage"]
+__all__ = ["ARCHS", "Arch", "Usage", "faults", "tool", "usage"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def usage(compiled: Any) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
-        command = [str(_tool()), "--dump-resource-usage", str(path)]
+        command = [str(tool("cuobjdump")), "--dump-resource-usage", str(path)]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = [_field(out, f"{n}:") for n in ("REG", "STACK", "LOCAL")]
     return Usage(found[0], shared, found[1] + found[2])
@@ -94,10 +94,11 @@ def _field(text: str, name: str) -> int:
     return int(match.group(1))
 
 
-def _tool() -> Path:
+def tool(name: str) -> Path:
+    """One of NVIDIA's tools that come with Triton: "cuobjdump" or "nvdisasm"."""
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def faults(
@@ -108,6 +109,7 @@ def faults(
     *,
     ieee: bool,
     wide: bool,
+    few: bool = False,
     aligned: bool,
     stack: int = 0,
 ) -> list[str]:
@@ -118,6 +120,7 @@ def faults(
         found: of `usage`.
         ieee: whether products are of float32 without tensor cores.
         wide: whether elements have more than 16 bits.
+        few: whether tiles have too few rows for the wide instructions.
         aligned: whether all rows begin at a multiple of 16 elements.
         stack: bytes that a thread may spill.
     """
@@ -133,7 +136,7 @@ def faults(
     if kernel not in _DOTS:
         return wrong
     # Small tiles, of float32 too, get the older instructions on new chips.
-    matmul = _ANY_MATMUL if wide or kernel in _FEW_ROWS else arch.matmul
+    matmul = _ANY_MATMUL if wide or few or kernel in _FEW_ROWS else arch.matmul
     used = re.search(matmul, code) is not None
     # score forms its Gram matrices of float32 gradients by three products of TF32.
     if not ieee and not used:

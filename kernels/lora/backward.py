@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .buckets import BUCKETS, BucketLayout
+from .buckets import BUCKETS, BucketLayout, ceil_div
 from .configs import Launch, odd
 from .pack import Packed
 from .reduce import Sum, reduce_splits
@@ -171,15 +171,16 @@ def grads_of_s_and_b(
     m = s.shape[0]
     widest = max(columns.width for columns in layout.site)
     block_r = next((size for size in BUCKETS if size >= widest), BUCKETS[-1])
-    tile = launch.tile("dy", block_r, odd=odd(*dys))
+    widths = [dy.shape[1] for dy in dys]
+    tile = launch.tile("dy", block_r, odd=odd(*dys), m=m, ns=widths, k=sum(widths))
     problems = [
         (i, start, min(columns.stop - start, block_r))
         for i, columns in enumerate(layout.site)
         for start in range(columns.start, columns.stop, block_r)
     ]
     ns = [dys[i].shape[1] for i, _, _ in problems]
-    blocks = [triton.cdiv(n, tile.n) for n in ns]
-    splits = max(1, min(2 * launch.programs // sum(blocks), triton.cdiv(m, tile.m)))
+    blocks = [ceil_div(n, tile.n) for n in ns]
+    splits = max(1, min(2 * launch.programs // sum(blocks), ceil_div(m, tile.m)))
     wide = torch.float64 if s.dtype == torch.float64 else torch.float32
     ds_sizes = [c * m * width for c, (_, _, width) in zip(blocks, problems, strict=True)]
     db_sizes = [splits * n * width for n, (_, _, width) in zip(ns, problems, strict=True)]
@@ -258,10 +259,13 @@ def grads_of_a(
         The parts of dA.
     """
     m, columns = ds.shape
-    tile = launch.tile("da", table.block, odd=odd(*sources), dropout=table.dropout)
+    first = sources[0].shape[1]
+    tile = launch.tile(
+        "da", table.block, odd=odd(*sources), dropout=table.dropout, m=m, ns=(first,), k=first
+    )
     ks = [sources[i].shape[1] for i in table.source]
-    blocks = sum(triton.cdiv(k, tile.k) for k in ks)
-    splits = max(1, min(launch.programs * 2 // blocks, triton.cdiv(m, tile.m)))
+    blocks = sum(ceil_div(k, tile.k) for k in ks)
+    splits = max(1, min(launch.programs * 2 // blocks, ceil_div(m, tile.m)))
     sizes = [splits * width * k for width, k in zip(table.width, ks, strict=True)]
     starts = [sum(sizes[:p]) for p in range(len(sizes))]
     wide = torch.float64 if ds.dtype == torch.float64 else torch.float32

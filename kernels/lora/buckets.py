@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .layout import Columns
 
-__all__ = ["BUCKETS", "BucketLayout", "Segment", "bucket", "bucket_layout"]
+__all__ = ["BUCKETS", "BucketLayout", "Segment", "bucket", "bucket_layout", "ceil_div"]
 
 BUCKETS = (16, 32, 64, 128)
 
@@ -36,7 +36,9 @@ class Segment(NamedTuple):
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
+# By identity: `bucket_layout` makes one object for each layout, and hashing all of it at every
+# launch takes longer than what is remembered for it.
+@dataclass(frozen=True, eq=False)
 class BucketLayout:
     """Where each branch's columns lie in S [m, columns], packed by (site, source).
 
@@ -55,6 +57,11 @@ class BucketLayout:
     segments: tuple[Segment, ...]
     site_of: tuple[int, ...]
     source_of: tuple[int, ...]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. On the host `triton.cdiv` takes 4 us for it."""
+    return -(-a // b)
 
 
 def bucket(rank: int) -> int:

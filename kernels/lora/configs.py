@@ -1,31 +1,21 @@
-"""Tile sizes and launch options: plain data, chosen on the host."""
+"""How the kernels are launched: options, and the choice of a tile."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .chips import Chip, chip_for
+from .schedule import choose
+from .tile_tables import KERNELS, Tile, alternatives, shipped
+
+if TYPE_CHECKING:
+    from .measured import MeasuredTile
+
 __all__ = ["KERNELS", "Launch", "Tile", "launch_for", "odd", "shipped", "start"]
-
-KERNELS = ("shrink", "expand", "expand_tma", "dy", "dx", "da", "score")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Block sizes of one kernel; each kernel's docstring says which dimensions m, n, k are.
-
-    Attributes:
-        m, n, k: powers of two, at least 16.
-        warps, stages: passed to the compiler.
-    """
-
-    m: int
-    n: int
-    k: int
-    warps: int = 8
-    stages: int = 3
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -58,6 +48,9 @@ class Launch:
         tma: use tensor descriptors where strides allow.
         start: called as (kernel, grid, *arguments, **options) for every launch; `aot` compiles here
             instead, and tests count.
+        measured: tiles that were timed on this device with elements of this size.
+        alternatives: by kernel, the tiles among which the shapes choose where none was measured.
+        chip: what that choice is simulated for; None makes none.
     """
 
     tiles: Mapping[str, Tile]
@@ -66,22 +59,89 @@ class Launch:
     index64: bool | None = None
     tma: bool = False
     start: Callable[..., None] = start
+    measured: tuple["MeasuredTile", ...] = ()
+    alternatives: Mapping[str, tuple[Tile, ...]] = field(default_factory=dict)
+    chip: Chip | None = None
+    # What `tile` chose; not copied by `dataclasses.replace`.
+    _chosen: dict[tuple[Any, ...], Tile] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def tile(self, kernel: str, block_r: int, *, odd: bool = False, dropout: bool = False) -> Tile:
+    def tile(
+        self,
+        kernel: str,
+        block_r: int,
+        *,
+        odd: bool = False,
+        dropout: bool = False,
+        few: bool = False,
+        m: int | None = None,
+        ns: Sequence[int] = (),
+        k: int | None = None,
+    ) -> Tile:
         """The block sizes of a kernel.
+
+        For shapes that are given, and none of `odd`, `dropout` and `few`: of the tiles measured
+        with each of m, n and k within a factor of two, that of the nearest shapes; else the
+        alternative with the least simulated time; else, as without shapes, the shipped one. The
+        choice depends on
+        shapes alone, with m rounded up to a power of two: a batch of another length compiles
+        nothing, and a recomputed pass repeats the first one to the bit.
 
         Args:
             kernel: one of `KERNELS`.
             block_r: the columns of S it takes at a time.
             odd: of :func:`odd`; loads of single elements need registers.
             dropout: whether it makes masks, which need registers too.
+            few: whether there are so few rows that sums are split.
+            m, k: of x. None or 0 for k where the kernel has no base matmul.
+            ns: n of each site.
         """
+        if not (m and k and sum(ns)) or odd or dropout or few:
+            return self._shipped(kernel, block_r, odd=odd, dropout=dropout, few=few)
+        key = (kernel, block_r, (m - 1).bit_length(), tuple(ns), k)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(kernel, block_r, _power_of_two(m), tuple(ns), k)
+        return self._chosen[key]
+
+    def _shipped(
+        self,
+        kernel: str,
+        block_r: int,
+        *,
+        odd: bool = False,
+        dropout: bool = False,
+        few: bool = False,
+    ) -> Tile:
         names = [f"{kernel} {block_r}", kernel]
+        if few:
+            names = [f"{kernel} few", *names]
         if dropout:
             names = [f"{kernel} dropout", *names]
         if odd:
             names = [f"{kernel} odd", *names]
         return self.tiles[next((name for name in names if name in self.tiles), kernel)]
+
+    def _choose(self, kernel: str, block_r: int, m: int, ns: tuple[int, ...], k: int) -> Tile:
+        def far(entry: "MeasuredTile") -> list[float]:
+            known = (max(entry.m, 1), max(entry.n, 1), max(entry.k, 1))
+            return [abs(math.log2(a / b)) for a, b in zip(known, (m, sum(ns), k), strict=True)]
+
+        near = [
+            entry
+            for entry in self.measured
+            if (entry.kernel, entry.block_r) == (kernel, block_r) and max(far(entry)) <= 1
+        ]
+        if near:
+            return min(near, key=lambda entry: sum(far(entry))).tile
+        tiles = self.alternatives.get(kernel, ())
+        if tiles and self.chip is not None:
+            return choose(kernel, tiles, block_r, m, ns, k, self.chip, self.programs)
+        return self._shipped(kernel, block_r)
+
+
+def _power_of_two(m: int) -> int:
+    return 1 << (m - 1).bit_length()
 
 
 def odd(*matrices: torch.Tensor) -> bool:
@@ -96,107 +156,10 @@ def odd(*matrices: torch.Tensor) -> bool:
 
 _INTERPRETER = Tile(32, 32, 32, warps=1, stages=1)
 
-# Tiles, by kernel; "kernel 128" is for that block_r, "kernel odd" and "kernel dropout" as in
-# `Launch.tile`. Reasons, none of them measured yet:
-# - expand and dx are matmuls, bound by tensor cores where m, n and k are long. 128x256 does 85
-#   operations for each byte it loads, 128x128 does 64; eight warps hold the wider accumulator only
-#   where tensor cores read both operands from shared memory (Hopper, Blackwell). One program runs
-#   on a multiprocessor, so its stages may fill the shared memory.
-# - shrink, dy and da read one large operand once and are bound by memory. By Little's law an H100
-#   needs 3.35 TB/s * 0.8 us / 132 = 20 KiB in flight on each multiprocessor: 64 rows of 128 columns
-#   are 16 KiB a stage, of which all but one or two are in flight.
-# - dy writes a share of dS for every block of columns, so blocks are as wide as registers allow.
-# - A mask of dropout needs as many registers as the tile it masks; loads of single elements too.
-_LARGE = {  # 163 KiB of shared memory for a block
-    "shrink": Tile(64, 64, 128, stages=4),
-    "shrink 128": Tile(64, 64, 128, stages=3),
-    "shrink dropout": Tile(64, 64, 64, stages=4),
-    "shrink odd": Tile(64, 64, 32, stages=2),
-    "expand": Tile(128, 128, 64, stages=4),
-    "expand_tma": Tile(128, 128, 64, stages=4),
-    "expand odd": Tile(64, 64, 32, stages=2),
-    "dx": Tile(128, 128, 64, stages=4),
-    "dx dropout": Tile(128, 64, 64, stages=4),
-    "dx odd": Tile(64, 64, 32, warps=4, stages=2),
-    "dy": Tile(64, 256, 64, stages=3),
-    "dy 128": Tile(64, 64, 64, stages=3),
-    "dy odd": Tile(32, 64, 64, stages=2),
-    "da": Tile(64, 64, 128, stages=4),
-    "da odd": Tile(32, 64, 64, stages=2),
-    "score": Tile(64, 64, 64, stages=3),
-    # The Gram matrix of 128 columns fills half of the registers.
-    "score 128": Tile(64, 16, 64, stages=3),
-    "score odd": Tile(32, 64, 64, stages=2),
-}
-_HOPPER = {  # 227 KiB
-    **_LARGE,
-    "expand": Tile(128, 256, 64, stages=4),
-    "expand_tma": Tile(128, 256, 64, stages=3),
-    "dx": Tile(128, 256, 64, stages=4),
-    # Two programs of two stages each instead of one of three.
-    "dy": Tile(64, 256, 64, stages=2),
-    "dy 64": Tile(64, 128, 64, stages=3),
-    "dy 128": Tile(128, 128, 64, stages=2),
-    "score 128": Tile(64, 64, 64, stages=3),
-}
-_SMALL = {  # 99 KiB
-    **_LARGE,
-    "shrink": Tile(64, 64, 128, stages=3),
-    "shrink 128": Tile(64, 64, 64, stages=4),
-    "expand_tma": Tile(128, 128, 64, stages=2),
-    "dx": Tile(128, 128, 64, stages=3),
-    "dy 64": Tile(64, 128, 64, stages=3),
-    "score 64": Tile(64, 32, 64, stages=3),
-}
-_AMD = {  # 64 KiB
-    **dict.fromkeys(KERNELS, Tile(64, 64, 64, warps=4, stages=2)),
-    "expand": Tile(128, 128, 32, stages=2),
-    "dx": Tile(128, 128, 32, stages=2),
-}
-# float32 is for exactness, not for speed: tiles that fit everywhere, small because without tensor
-# cores each thread holds both operands of a product in registers.
-_WIDE = {
-    **dict.fromkeys(KERNELS, Tile(64, 64, 32, warps=4, stages=2)),
-    "shrink": Tile(32, 64, 32, stages=2),
-    "expand": Tile(64, 64, 32, warps=4, stages=3),
-    "expand 64": Tile(32, 32, 32, warps=4, stages=3),
-    "dx 64": Tile(32, 32, 32, warps=4, stages=3),
-    "da": Tile(32, 64, 64, stages=2),
-    "da 128": Tile(32, 64, 32, stages=2),
-    "dy": Tile(32, 64, 32, stages=2),
-    "dy 64": Tile(32, 16, 32, stages=2),
-    "dy 128": Tile(32, 16, 32, stages=2),
-    "score": Tile(32, 32, 32, stages=2),
-    "score 128": Tile(32, 16, 32, stages=2),
-}
-_AMD_WIDE = {
-    **dict.fromkeys(KERNELS, Tile(64, 64, 32, warps=4, stages=2)),
-    "dy": Tile(32, 32, 32, warps=4, stages=2),
-}
-
-
-def shipped(capability: tuple[int, int], itemsize: int, *, hip: bool = False) -> Mapping[str, Tile]:
-    """The tiles for a GPU, not tuned yet. For one that is not known, those of its nearest kin.
-
-    Every one of them was compiled for its architectures without spilling registers, within their
-    shared memory (`aot`).
-
-    Args:
-        capability: compute capability, e.g. (9, 0).
-        itemsize: bytes of an element of x, 2 or 4.
-        hip: whether it is an AMD GPU.
-    """
-    if hip:
-        return _AMD if itemsize == 2 else _AMD_WIDE
-    if itemsize == 4:
-        return _WIDE
-    if capability[0] in (9, 10, 11):
-        return _HOPPER
-    return _LARGE if capability in ((8, 0), (8, 7)) else _SMALL
-
 
 def launch_for(x: torch.Tensor) -> Launch:
-    """The shipped options for the device and dtype of x."""
+    """The options for the device and dtype of x: what was measured on it and shipped, else what
+    ships for its kind."""
     if x.device.type == "cpu":
         return Launch(dict.fromkeys(KERNELS, _INTERPRETER), programs=3)
     tf32 = torch.get_float32_matmul_precision() != "highest"
@@ -205,12 +168,20 @@ def launch_for(x: torch.Tensor) -> Launch:
 
 @lru_cache
 def _launch(device: int, itemsize: int, tf32: bool) -> Launch:
+    from .measured import shipped_for
+
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     hip = torch.version.hip is not None
+    tuned = shipped_for(properties.name)
     return Launch(
         shipped(capability, itemsize, hip=hip),
         programs=properties.multi_processor_count,
         precision="tf32" if tf32 else "ieee",
         tma=capability >= (9, 0) and itemsize == 2 and not hip,
+        measured=tuple(
+            entry for entry in (tuned.tiles if tuned else ()) if entry.itemsize == itemsize
+        ),
+        alternatives=alternatives(capability, itemsize, hip=hip),
+        chip=None if hip else chip_for(properties.name, capability),
     )

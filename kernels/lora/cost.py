@@ -3,16 +3,20 @@
 A pass of an implementation is a list of steps (:mod:`.cost_steps`)::
 
     t_step = max(bytes / bandwidth, FLOPs / (ceiling * efficiency)) + launches * gap       [s]
-    t_pass = max(sum of t_step, launches * host)                                           [s]
+    t_pass = max(sum of t_step, launches * host + call)                                    [s]
 
 with bytes [B] counted as if nothing stayed in a cache: each launch reads each of its operands once
-and writes its results once. FLOPs are the 2 m n k of every matmul. `efficiency` is 1 but for the
-base matmul of the Triton kernels (`Device.triton_matmul`); `host` is the device's, twice that for a
-Triton launch. The two ceilings of a device, bandwidth [B/s] and FLOP/s, are those of
-:mod:`.devices` or measured.
+and writes its results once. FLOPs are the 2 m n k of every matmul. `efficiency` is 1 but for base
+matmuls. There it is, for 16-bit operands on a GPU, by how much a last wave of tiles, edges and
+short sums make the shape fall short of a long square one (:mod:`.schedule`; the library is taken
+to have tiles like ours), and for those of the Triton kernels `Device.triton_matmul` besides. `host`
+is the device's, or :data:`TRITON_HOST` for a Triton launch; `call` is the Python around the
+launches (:data:`CALL`). A CPU runs an operation when it is launched, so there `call` is added to
+the sum; a captured graph has neither. The two ceilings of a device, bandwidth [B/s] and FLOP/s, are
+those of :mod:`.devices` or measured.
 
-Left out, because it is the same whatever runs: gradients of biases, the optimizer, the accumulation
-of a shortcut's dU into its source's gradient, and the fixed cost of calling an operation.
+Left out, because it is the same whatever runs: gradients of biases, the optimizer, and the
+accumulation of a shortcut's dU into its source's gradient.
 
 Within a step memory and arithmetic overlap, between steps nothing does. An accumulating matmul
 (beta = 1) that is bound by FLOPs is therefore taken to read its output for nothing, which favours
@@ -32,8 +36,10 @@ from .cost_steps import (
     triton_steps,
 )
 from .devices import Device
+from .schedule import efficiency
 
 __all__ = [
+    "CALL",
     "STEPS",
     "TRITON_HOST",
     "Estimate",
@@ -42,12 +48,23 @@ __all__ = [
     "Problem",
     "Step",
     "estimate",
-    "fastest",
     "step_seconds",
 ]
 
-# Host time of a Triton launch over that of a torch operation, assumed: its launcher is Python.
-TRITON_HOST = 2.0
+# Seconds of the host for a Triton launch: its arguments are bound in Python, 6 to 14 us measured
+# for these kernels on one core of an AMD EPYC with a driver that launches nothing; 6 us for one
+# that does is assumed.
+TRITON_HOST = 15e-6
+# Seconds of Python in a call, without the operations themselves: (forward, backward) of a group of
+# one site, and of each site more. From steps of layers with 32 inputs and 4 rows on one core of an
+# AMD EPYC, and for Triton from the launchers with a driver that launches nothing; `Device.call`
+# scales it.
+CALL = {
+    "base": ((0.0, 0.0), (0.0, 0.0)),
+    "peft": ((25e-6, 50e-6), (25e-6, 50e-6)),
+    "aten": ((116e-6, 187e-6), (72e-6, 71e-6)),
+    "triton": ((125e-6, 255e-6), (65e-6, 85e-6)),
+}
 
 STEPS = {"base": base_steps, "peft": peft_steps, "aten": aten_steps, "triton": triton_steps}
 
@@ -58,10 +75,11 @@ class Pass:
 
     Attributes:
         device_seconds: time on the device, all steps one after the other.
-        host_seconds: time the host needs to launch them.
+        host_seconds: time the host needs to launch them, Python included.
         memory_seconds: the part of `device_seconds` in steps bound by bytes; gaps not included.
         compute_seconds: the part in steps bound by FLOPs.
         steps: what it is made of.
+        ahead: whether the host runs ahead of the device; a CPU is both.
     """
 
     device_seconds: float
@@ -69,9 +87,12 @@ class Pass:
     memory_seconds: float
     compute_seconds: float
     steps: tuple[Step, ...]
+    ahead: bool = True
 
     @property
     def seconds(self) -> float:
+        if not self.ahead:
+            return self.device_seconds + self.host_seconds
         return max(self.device_seconds, self.host_seconds)
 
     @property
@@ -128,32 +149,16 @@ def estimate(problem: Problem, device: Device) -> dict[str, Estimate]:
     code), "peft", "aten" and "triton".
     """
     found = {}
+    further = len(problem.sites) - 1
     for name, steps in STEPS.items():
-        forward, backward = steps(problem)
-        host = device.host * (TRITON_HOST if name == "triton" else 1.0)
-        found[name] = Estimate(name, _pass(forward, device, host), _pass(backward, device, host))
+        host = TRITON_HOST if name == "triton" and device.host else device.host
+        first, more = CALL[name]
+        passes = [
+            _pass(taken, device, host, device.call * (once + further * each))
+            for taken, once, each in zip(steps(problem), first, more, strict=True)
+        ]
+        found[name] = Estimate(name, *passes)
     return found
-
-
-def fastest(
-    problem: Problem,
-    device: Device,
-    among: Sequence[str] = ("aten", "triton"),
-    *,
-    backward: bool = True,
-) -> str:
-    """The implementation with the least expected time, the first of `among` in a tie.
-
-    Args:
-        among: names that `estimate` knows.
-        backward: whether a backward pass follows the forward pass.
-    """
-    found = estimate(problem, device)
-
-    def seconds(name: str) -> float:
-        return found[name].seconds if backward else found[name].forward.seconds
-
-    return min(among, key=seconds)
 
 
 def step_seconds(step: Step, device: Device) -> tuple[float, float, float]:
@@ -161,10 +166,12 @@ def step_seconds(step: Step, device: Device) -> tuple[float, float, float]:
     ceiling = device.flops if step.itemsize <= 2 else device.flops32
     if step.own_matmul:
         ceiling *= device.triton_matmul
+    if step.matmul is not None and device.chip is not None and step.itemsize <= 2:
+        ceiling *= efficiency(*step.matmul, device.chip)
     return step.bytes / device.bandwidth, step.flops / ceiling, step.launches * device.gap
 
 
-def _pass(steps: Sequence[Step], device: Device, host: float) -> Pass:
+def _pass(steps: Sequence[Step], device: Device, host: float, call: float) -> Pass:
     memory = compute = gaps = 0.0
     for step in steps:
         by_bytes, by_flops, gap = step_seconds(step, device)
@@ -173,5 +180,7 @@ def _pass(steps: Sequence[Step], device: Device, host: float) -> Pass:
         else:
             compute += by_flops
         gaps += gap
-    launches = sum(step.launches for step in steps)
-    return Pass(memory + compute + gaps, launches * host, memory, compute, tuple(steps))
+    host_seconds = sum(step.launches for step in steps) * host + call
+    return Pass(
+        memory + compute + gaps, host_seconds, memory, compute, tuple(steps), ahead=device.host > 0
+    )

@@ -5,7 +5,7 @@ frozen layer alone. :mod:`.cost` turns them into times.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .buckets import BUCKETS, BucketLayout, bucket_layout
@@ -14,6 +14,7 @@ __all__ = [
     "MASK_BYTES",
     "MASK_LAUNCHES",
     "LowRank",
+    "Matmul",
     "Problem",
     "Step",
     "aten_steps",
@@ -83,6 +84,23 @@ class Problem:
         return [b for b in self.live if b.site == site]
 
 
+class Matmul(NamedTuple):
+    """One launch of base matmuls, as `schedule.efficiency` takes it.
+
+    Attributes:
+        kernel: "expand" or "dx".
+        m, k: of x.
+        ns: n of each site.
+        widths: columns of S of each.
+    """
+
+    kernel: str
+    m: int
+    ns: tuple[int, ...]
+    k: int
+    widths: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Step:
     """One or more launches of one kind.
@@ -94,6 +112,7 @@ class Step:
         launches: kernels started.
         itemsize: bytes of a matmul operand: which of the device's FLOP/s it is held against.
         own_matmul: a base matmul by Triton rather than by the vendor's library.
+        matmul: the shapes of a base matmul, whose tiles have to fill the device; None for others.
     """
 
     name: str
@@ -103,6 +122,7 @@ class Step:
     launches: int = 1
     itemsize: int = 2
     own_matmul: bool = False
+    matmul: "Matmul | None" = None
 
     @property
     def bytes(self) -> int:
@@ -125,13 +145,20 @@ def _map(name: str, elements: int, read: int, written: int, launches: int = 1) -
     return Step(name, elements * read, elements * written, launches=launches)
 
 
+def _base(name: str, m: int, k: int, n: int, size: int, **options: bool) -> Step:
+    """A matmul of a frozen layer by the library: "base" x W^T, "dX" dY W."""
+    kernel, sides = ("dx", (n, k)) if name == "dX" else ("expand", (k, n))
+    step = _mm(name, m, *sides, size, **options)
+    return replace(step, matmul=Matmul(kernel, m, (n,), k, (0,)))
+
+
 def base_steps(p: Problem) -> _Passes:
     """The frozen sites alone, with autograd's sum of their gradients of x: the floor."""
     m, k, e = p.m, p.sources[0], p.itemsize
-    forward = [_mm("base", m, k, n, e, bias=p.bias) for n in p.sites]
+    forward = [_base("base", m, k, n, e, bias=p.bias) for n in p.sites]
     backward = []
     if p.input_grad:
-        backward = [_mm("dX", m, n, k, e) for n in p.sites]
+        backward = [_base("dX", m, k, n, e) for n in p.sites]
         backward += [_map("sum of dX", m * k, 2 * e, e)] * (len(p.sites) - 1)
     return forward, backward
 
@@ -197,7 +224,7 @@ def aten_steps(p: Problem) -> _Passes:
             backward.append(_map("scale and cast B", n * b.rank, f, e))
             backward += [_mm("dS", m, n, b.rank, e), _mm("dB", b.rank, m, n, e)]
             backward.append(_map("scale and cast dB", n * b.rank, e, f))
-        forward.append(_mm("base", m, p.sources[0], n, e, beta=bool(site), bias=p.bias))
+        forward.append(_base("base", m, p.sources[0], n, e, beta=bool(site), bias=p.bias))
     for i, (k, branches) in enumerate(zip(sources, inputs, strict=True)):
         ranks = sum(_ranks(branches))
         if branches:
@@ -209,7 +236,7 @@ def aten_steps(p: Problem) -> _Passes:
         if branches:
             backward += [*_stack(branches, k, e, f), _mm("dS A", m, ranks, k, e)]
         for j, n in enumerate(p.sites if i == 0 else ()):
-            backward.append(_mm("dX", m, n, k, e, beta=bool(branches) or j > 0))
+            backward.append(_base("dX", m, k, n, e, beta=bool(branches) or j > 0))
     return forward, backward
 
 
@@ -224,13 +251,16 @@ def triton_steps(p: Problem) -> _Passes:
         sites=len(p.sites),
     )
     pack = [_pack(p, layout)] if p.live else []
-    forward = [*pack, *_shrink(p, layout)]
+    shrink, parts = _shrink(p, layout)
+    forward = [*pack, *shrink]
     # The sites share one launch, not their reads: their tiles need not meet in a cache.
     expand = [
         _join("", _mm("", m, p.sources[0], n, e, bias=p.bias), _mm("", m, site.width, n, e), m * n)
         for n, site in zip(p.sites, layout.site, strict=True)
     ]
-    forward.append(_one_launch("expand", expand, own=True))
+    sites = tuple(columns.width for columns in layout.site)
+    shapes = Matmul("expand", m, p.sites, p.sources[0], sites)
+    forward.append(_own_matmul("expand", expand, shapes, parts=parts))
     backward = list(pack)
     if p.live:
         dy_steps, db_parts = _dy_pass(p, layout)
@@ -242,7 +272,7 @@ def triton_steps(p: Problem) -> _Passes:
             widths[segment.source] += segment.width
         inner = [width + (sum(p.sites) if i == 0 else 0) for i, width in enumerate(widths)]
         products = [_mm("", m, c, k, e) for c, k in zip(inner, p.sources, strict=True) if c]
-        backward.append(_one_launch("dX", products, own=True))
+        backward.append(_own_matmul("dX", products, shapes._replace(kernel="dx")))
     if p.live:
         gradients = sum(b.rank * (p.sources[b.source] + p.sites[b.site]) for b in p.live) * f
         backward += [da_step, Step("sum of dA, dB", db_parts + da_parts, gradients)]
@@ -324,10 +354,11 @@ def _pack(p: Problem, layout: BucketLayout) -> Step:
     return Step("pack A, B", read, written)
 
 
-def _shrink(p: Problem, layout: BucketLayout) -> list[Step]:
-    """One read of a source for every 128 columns, and a sum if few rows leave programs idle."""
+def _shrink(p: Problem, layout: BucketLayout) -> tuple[list[Step], int]:
+    """One read of a source for every 128 columns; and the bytes of the parts of S, which `expand`
+    adds up, if few rows would leave programs idle."""
     if not p.live:
-        return []
+        return [], 0
     m, e = p.m, p.itemsize
     chunks = _chunks(p, layout)
     steps = min(-(-k // _STEP) for k in p.sources)
@@ -336,9 +367,9 @@ def _shrink(p: Problem, layout: BucketLayout) -> list[Step]:
     flops = sum(2 * m * k * width for k, width in chunks)
     size = m * layout.columns
     if splits == 1:
-        return [Step("shrink", read, size * e, flops, itemsize=e)]
+        return [Step("shrink", read, size * e, flops, itemsize=e)], 0
     parts = splits * size * _PARTIAL
-    return [Step("shrink", read, parts, flops, itemsize=e), Step("sum of S", parts, size * e)]
+    return [Step("shrink", read, parts, flops, itemsize=e)], parts
 
 
 def _join(name: str, base: Step, low_rank: Step, output: int) -> Step:
@@ -348,7 +379,8 @@ def _join(name: str, base: Step, low_rank: Step, output: int) -> Step:
     return Step(name, base.read + low_rank.read, written, flops, itemsize=base.itemsize)
 
 
-def _one_launch(name: str, steps: Sequence[Step], *, own: bool = False) -> Step:
-    read, written = sum(s.read for s in steps), sum(s.written for s in steps)
-    flops = sum(s.flops for s in steps)
-    return Step(name, read, written, flops, itemsize=steps[0].itemsize, own_matmul=own)
+def _own_matmul(name: str, steps: Sequence[Step], shapes: Matmul, *, parts: int = 0) -> Step:
+    """Several products in one launch of Triton."""
+    read, written = sum(s.read for s in steps) + parts, sum(s.written for s in steps)
+    flops, size = sum(s.flops for s in steps), steps[0].itemsize
+    return Step(name, read, written, flops, itemsize=size, own_matmul=True, matmul=shapes)

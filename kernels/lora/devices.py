@@ -1,14 +1,20 @@
 """What a device can sustain: the ceilings that :mod:`.cost` divides bytes and FLOPs by.
 
-Nothing here was measured. The table holds the vendor's peak figures; a device that was measured is
+No GPU here was measured. The table holds the vendors' peak figures; a device that was measured is
 built by :meth:`Device.measured`.
 """
 
+import contextlib
+import platform
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 
-__all__ = ["PEAKS", "Device", "Peak", "device_for"]
+from .chips import Chip, chip_for
+from .peaks import PEAKS
+
+__all__ = ["CPU", "PEAKS", "Device", "cpu_name", "device_for"]
 
 # Of the vendor's peak, what long matmuls and copies are assumed to reach.
 SUSTAINED_FLOPS = 0.70
@@ -36,8 +42,10 @@ class Device:
         gap: seconds on the device for each launch, beside the work.
         host: seconds on the host for each launch of a torch operation; 0 if the host does not run
             ahead of the device (a CPU), or under a CUDA graph.
+        call: the Python of a call over that of the machine it was measured on (`cost.CALL`).
         triton_matmul: throughput of the Triton base matmul over the vendor library's.
         source: where the ceilings come from.
+        chip: of a GPU, for the waves of tiles over its multiprocessors; None counts no waves.
     """
 
     name: str
@@ -46,8 +54,14 @@ class Device:
     bandwidth: float
     gap: float = GAP
     host: float = HOST
+    call: float = 1.0
     triton_matmul: float = TRITON_MATMUL
     source: str = ""
+    chip: Chip | None = None
+
+    def captured(self) -> "Device":
+        """The same device when a CUDA graph launches everything: the host takes no part."""
+        return replace(self, host=0.0, call=0.0)
 
     @classmethod
     def measured(
@@ -59,7 +73,9 @@ class Device:
         flops32: float | None = None,
         gap: float = GAP,
         host: float = HOST,
+        call: float = 1.0,
         triton_matmul: float = TRITON_MATMUL,
+        chip: Chip | None = None,
     ) -> "Device":
         """A device from its two measured ceilings.
 
@@ -73,40 +89,25 @@ class Device:
         """
         if min(flops, bandwidth, flops if flops32 is None else flops32, triton_matmul) <= 0:
             raise ValueError(f"{name}: ceilings must be positive")
-        if min(gap, host) < 0:
+        if min(gap, host, call) < 0:
             raise ValueError(f"{name}: a launch cannot cost less than nothing")
         wide = flops if flops32 is None else flops32
-        return cls(name, flops, wide, bandwidth, gap, host, triton_matmul, "measured")
+        rest = (gap, host, call, triton_matmul, "measured", chip)
+        return cls(name, flops, wide, bandwidth, *rest)
 
 
-class Peak(NamedTuple):
-    """Vendor peaks: dense FLOP/s of bf16 with float32 accumulation, of float32 without tensor
-    cores, and B/s of memory.
-    """
+# One core of an AMD EPYC with AVX-512 and bfloat16, as the bench measured it. It stands for every
+# CPU: what is asked of it is only whether the Python of a call outweighs what a call saves.
+CPU = Device(
+    "a CPU core",
+    flops=2.1e11,
+    flops32=9.5e10,
+    bandwidth=2.4e10,
+    gap=1.5e-6,
+    host=0.0,
+    source="one core of an AMD EPYC, measured",
+)
 
-    bf16: float
-    fp32: float
-    bandwidth: float
-
-
-# Keys are words of the name that torch reports; the entry with the most words found is taken.
-# From NVIDIA's data sheets (A100, H100, H200, HGX B200, L40S, L4, A10) and architecture white
-# papers (GA102, Ada, RTX Blackwell); figures given "with sparsity" are halved.
-PEAKS: dict[str, Peak] = {
-    "A100": Peak(312e12, 19.5e12, 2.039e12),
-    "A100 40GB": Peak(312e12, 19.5e12, 1.555e12),
-    "H100": Peak(989.4e12, 67e12, 3.35e12),
-    "H100 PCIe": Peak(756e12, 51e12, 2.0e12),
-    "H100 NVL": Peak(835e12, 60e12, 3.9e12),
-    "H200": Peak(989.4e12, 67e12, 4.8e12),
-    "B200": Peak(2250e12, 75e12, 8.0e12),
-    "L40S": Peak(362e12, 91.6e12, 0.864e12),
-    "L4": Peak(121e12, 30.3e12, 0.3e12),
-    "A10": Peak(125e12, 31.2e12, 0.6e12),
-    "RTX 3090": Peak(71e12, 35.6e12, 0.936e12),
-    "RTX 4090": Peak(165.2e12, 82.6e12, 1.008e12),
-    "RTX 5090": Peak(209.5e12, 104.8e12, 1.792e12),
-}
 
 _NEAREST = {(8, 0): "A100", (8, 6): "A10", (8, 9): "L40S", (9, 0): "H100", (10, 0): "B200"}
 
@@ -133,7 +134,18 @@ def device_for(name: str, capability: tuple[int, int] | None = None) -> Device:
         bandwidth=SUSTAINED_BANDWIDTH * peak.bandwidth,
         source=f"{SUSTAINED_FLOPS:.0%} and {SUSTAINED_BANDWIDTH:.0%} of the vendor's peak FLOP/s "
         f"and B/s of {key}, not measured",
+        chip=chip_for(name, capability) if known is None else chip_for(key),
     )
+
+
+@lru_cache
+def cpu_name() -> str:
+    """What the system calls the processor, "AMD EPYC" for one."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _words(name: str) -> frozenset[str]:

@@ -1,23 +1,27 @@
-"""Which implementation runs a group, and why.
+"""Which path a group takes, and why.
 
-"auto" takes the implementation that :mod:`.cost` expects to be faster, forward and backward
-together. It depends on shapes alone, not on whether gradients are enabled: a recomputed forward
-pass has to repeat the first one to the bit.
+A path is "peft" (the layers run PEFT's own forward), "aten" or "triton". It is looked up among what
+was measured on the device (:mod:`.measured`), else taken from the nearest shape that was, else from
+the cost model (:mod:`.cost`). It depends on shapes alone, not on whether gradients are enabled: a
+recomputed forward pass has to repeat the first one to the bit.
 """
 
 import math
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cost import LowRank, Problem, fastest
-from .devices import device_for
+from .buckets import bucket
+from .cost import LowRank, Problem, estimate
+from .devices import CPU, Device, cpu_name, device_for
 from .layout import Branch, Site
+from .measured import MeasuredPath, Tuned, shipped_for
 
-__all__ = ["IMPLEMENTATIONS", "choose", "triton_reason"]
+__all__ = ["IMPLEMENTATIONS", "Choice", "advice", "choose", "decide", "quickest", "triton_reason"]
 
 IMPLEMENTATIONS = ("auto", "aten", "triton")
 
@@ -25,6 +29,15 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Rows assumed where a compiler leaves them open: a training batch.
 _LARGE_M = 8192
+# A measured shape counts as near when each of its sizes is within this factor.
+_NEAR = 2.0
+
+
+class Choice(NamedTuple):
+    """A path and the reason for it, in words."""
+
+    path: str
+    reason: str
 
 
 def triton_reason(x: Tensor, factors: Sequence[Tensor] = ()) -> str | None:
@@ -72,8 +85,7 @@ def choose(
 ) -> str:
     """The implementation that runs: "aten" or "triton".
 
-    "auto" is "aten" on a CPU. On a GPU it is what :func:`.cost.fastest` expects, with the number of
-    rows rounded up to a power of two; rows that a compiler leaves open count as many.
+    "auto" is "aten" on a CPU. On a GPU it is the better of the two by :func:`expected`.
 
     Args:
         implementation: "auto", or the one that must run.
@@ -101,12 +113,42 @@ def choose(
         return "aten"
     if implementation == "triton" or not sites:
         return "triton"
-    return _expected(x, factors, sites, branches)
+    return _expected(x, x.dtype, factors, sites, branches, ("aten", "triton"), False).path
+
+
+def quickest(
+    x: Tensor, sites: Sequence[Site], branches: Sequence[Branch], *, captured: bool = False
+) -> Choice:
+    """The path expected to take the least time, forward and backward together, PEFT's own included.
+
+    The number of rows counts rounded up to a power of two, so that the answer does not change with
+    every batch; rows that a compiler leaves open count as many.
+
+    Args:
+        x, sites, branches: of a group, as :func:`choose`; under autocast as they come.
+        captured: whether a CUDA graph launches everything, so that the host's time counts nothing.
+    """
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    factors = [f for branch in branches for f in (branch.a, branch.b)]
+    among: tuple[str, ...] = ("peft", "aten")
+    runs = 0 not in {x.shape[-1], *(site.weight.shape[0] for site in sites)} and kind != "cpu"
+    if runs and _triton_reason(x.device, dtype, tuple(f.dtype for f in factors)) is None:
+        # `aten` makes dropout's masks one operation at a time.
+        among = ("peft", "triton") if any(b.dropout for b in branches) else (*among, "triton")
+    return _expected(x, dtype, factors, sites, branches, among, captured)
 
 
 def _expected(
-    x: Tensor, factors: Sequence[Tensor], sites: Sequence[Site], branches: Sequence[Branch]
-) -> str:
+    x: Tensor,
+    dtype: torch.dtype,
+    factors: Sequence[Tensor],
+    sites: Sequence[Site],
+    branches: Sequence[Branch],
+    among: tuple[str, ...],
+    captured: bool,
+) -> Choice:
     inputs: list[Tensor | None] = [x]
     columns = [operator.index(sites[0].weight.shape[1])]
     low_rank = []
@@ -121,14 +163,16 @@ def _expected(
             columns.append(operator.index(branch.a.shape[1]))
         rank = operator.index(branch.a.shape[0])
         low_rank.append((rank, branch.site, position, bool(branch.dropout)))
-    return _fastest(
+    return _decide(
         x.device,
         _rows(x),
         tuple(columns),
         tuple(operator.index(site.weight.shape[0]) for site in sites),
         tuple(low_rank),
-        x.dtype.itemsize,
-        max([f.dtype.itemsize for f in factors] or [x.dtype.itemsize]),
+        dtype.itemsize,
+        max([f.dtype.itemsize for f in factors] or [dtype.itemsize]),
+        among,
+        captured,
     )
 
 
@@ -150,8 +194,9 @@ def _power_of_two(m: int) -> int:
     return 1 << max(m - 1, 0).bit_length()
 
 
+# A compiler takes the answer as a constant and need not trace what it rests on.
 @torch.compiler.assume_constant_result
-def _fastest(
+def _decide(
     device: torch.device,
     m: int,
     columns: tuple[int, ...],
@@ -159,12 +204,14 @@ def _fastest(
     branches: tuple[tuple[int, int, int, bool], ...],
     itemsize: int,
     factor_itemsize: int,
-) -> str:
-    return _cached_fastest(device, m, columns, sites, branches, itemsize, factor_itemsize)
+    among: tuple[str, ...],
+    captured: bool,
+) -> Choice:
+    return _cached(device, m, columns, sites, branches, itemsize, factor_itemsize, among, captured)
 
 
 @lru_cache(maxsize=4096)
-def _cached_fastest(
+def _cached(
     device: torch.device,
     m: int,
     columns: tuple[int, ...],
@@ -172,8 +219,98 @@ def _cached_fastest(
     branches: tuple[tuple[int, int, int, bool], ...],
     itemsize: int,
     factor_itemsize: int,
-) -> str:
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    among: tuple[str, ...],
+    captured: bool,
+) -> Choice:
     low_rank = tuple(LowRank(*branch) for branch in branches)
     problem = Problem(m, columns, sites, low_rank, itemsize, factor_itemsize)
-    return fastest(problem, device_for(name, capability))
+    tuned, ceilings = _known(device)
+    return decide(problem, ceilings, tuned, among, captured=captured)
+
+
+def _known(device: torch.device) -> tuple[Tuned | None, Device]:
+    """What was measured on a device that is here, and its ceilings."""
+    if device.type != "cuda":
+        return shipped_for(cpu_name()), CPU
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    tuned = shipped_for(name)
+    if tuned is not None and tuned.ceilings is not None:
+        return tuned, tuned.ceilings
+    return tuned, device_for(name, capability)
+
+
+def advice(device: torch.device) -> str | None:
+    """One line for a GPU that nobody has measured, or None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if shipped_for(name) is not None:
+        return None
+    return (
+        f"nothing was measured on {name}: paths come from a cost model, tiles are defaults; "
+        "`python -m heterolora.bench gpu --tune --out DIR` measures both in some minutes"
+    )
+
+
+def decide(
+    problem: Problem,
+    device: Device,
+    tuned: Tuned | None,
+    among: Sequence[str],
+    *,
+    captured: bool = False,
+) -> Choice:
+    """The path for a group: as measured, else as at the nearest shape measured, else as modelled.
+
+    Args:
+        problem: shapes of the group.
+        device: ceilings for the cost model.
+        tuned: what was measured on the device, if anything.
+        among: the paths that can run; of equals the first.
+        captured: of :func:`expected`. What was measured then counts for nothing: it was launched by
+            the host.
+    """
+    if len(among) == 1:
+        return Choice(among[0], "the only path that can run")
+    near = None if captured or tuned is None else _nearest(problem, tuned.paths, among)
+    if near is not None:
+        seconds, how = near.seconds, "measured"
+        if _signature(near.problem) != _signature(problem):
+            how = f"measured at m {near.problem.m}, n {', '.join(map(str, near.problem.sites))}"
+    else:
+        found = estimate(problem, device.captured() if captured else device)
+        seconds, how = {name: found[name].seconds for name in among}, "by the cost model"
+    path = min(among, key=seconds.__getitem__)
+    others = ", ".join(f"{name} {seconds[name] * 1e3:.3g}" for name in among if name != path)
+    return Choice(path, f"{seconds[path] * 1e3:.3g} ms {how}, {others}")
+
+
+def _nearest(
+    problem: Problem, paths: Sequence[MeasuredPath], among: Sequence[str]
+) -> MeasuredPath | None:
+    """The measured group of the same kind with the least sum of |log2| of the ratios of its sizes,
+    each within a factor of `_NEAR`."""
+    kind, sizes = _signature(problem)
+    best, least = None, math.inf
+    for entry in paths:
+        other, theirs = _signature(entry.problem)
+        if other != kind or not set(among) <= set(entry.seconds):
+            continue
+        steps = [abs(math.log2(a / b)) for a, b in zip(sizes, theirs, strict=True)]
+        if max(steps) <= math.log2(_NEAR) and sum(steps) < least:
+            best, least = entry, sum(steps)
+    return best
+
+
+def _signature(problem: Problem) -> tuple[tuple[object, ...], tuple[int, ...]]:
+    """What has to be equal for a measurement to count, and the sizes that may be near."""
+    kind = (
+        problem.itemsize,
+        problem.factor_itemsize,
+        len(problem.sources),
+        len(problem.sites),
+        any(branch.dropout for branch in problem.live),
+    )
+    columns = sum(bucket(branch.rank) for branch in problem.live)
+    m = _power_of_two(problem.m)
+    return kind, (max(m, 1), *problem.sources, *problem.sites, max(columns, 1))

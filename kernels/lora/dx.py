@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .buckets import ceil_div
 from .configs import Launch, odd
 from .expand import leading
 from .pack import Packed
@@ -145,9 +146,12 @@ def dx(
         block_r,
         odd=odd(*outs, *([*dys, *dense] if base else [])),
         dropout=table is not None and table.dropout,
+        m=m,
+        ns=[dy.shape[1] for dy in dys],
+        k=outs[0].shape[1] if base else 0,
     )
     ks = tuple(out.shape[1] for out in outs)
-    tiles = triton.cdiv(m, tile.m) * sum(triton.cdiv(k, tile.n) for k in ks)
+    tiles = ceil_div(m, tile.m) * sum(ceil_div(k, tile.n) for k in ks)
     if not tiles:
         return
     launch.start(

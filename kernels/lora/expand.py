@@ -2,7 +2,8 @@
 
 The base matmul's loop over k runs on over the site's columns of [S | B]: base, LoRA, shortcuts and
 bias meet in one accumulator and leave in one store. Sites differ in n and rank; for a rank of 0 the
-second loop runs no times.
+second loop runs no times. Where `shrink` split its sum, the parts are added up here, in a fixed
+order.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .buckets import BucketLayout
+from .buckets import BucketLayout, ceil_div
 from .configs import Launch, odd
 from .pack import Packed
 from .tables import common_block
@@ -22,10 +23,11 @@ __all__ = ["expand", "expand_kernel", "leading"]
 _GROUP_M = 8
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "splits"])
 def expand_kernel(
     x,  # [m, k], rows stride_x apart; unused without BASE
-    s,  # [m, columns]
+    s,  # [m, columns]; written with SPLIT
+    parts,  # [splits, m, columns], which add up to s; read with SPLIT
     packed,  # B of a site: [n, width] from b_starts on
     weights,  # per site: [n, k], or [k, n] if TRANSPOSED
     biases,  # [bias_size]
@@ -41,8 +43,10 @@ def expand_kernel(
     k,
     stride_x,
     columns,
+    splits,
     BASE: tl.constexpr,  # False: outs holds the base layer's own output, to be added to
     TRANSPOSED: tl.constexpr,
+    SPLIT: tl.constexpr,
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX64: tl.constexpr,
@@ -94,10 +98,19 @@ def expand_kernel(
         else:
             acc = tl.load(out, mask=in_rows & in_columns, other=0.0).to(ACC)
         rank = tl.arange(0, BLOCK_R)
-        s_rows = s + row_in[:, None] * columns + pick(starts, site) + rank[None, :]
+        s_place = row_in[:, None] * columns + pick(starts, site) + rank[None, :]
+        s_rows = s + s_place
         b_columns = packed + pick(b_starts, site) + column_in[None, :] * width + rank[:, None]
         for first in range(0, width, BLOCK_R):
-            s_tile = tl.load(s_rows + first)
+            if SPLIT:
+                total = tl.zeros((BLOCK_M, BLOCK_R), parts.dtype.element_ty)
+                for part in range(splits):
+                    total += tl.load(parts + part * m * columns + s_place + first)
+                s_tile = total.to(s.dtype.element_ty)
+                # For the backward pass, once: by the tile of the site's first columns.
+                tl.store(s_rows + first, s_tile, mask=in_rows & (block_n == 0))
+            else:
+                s_tile = tl.load(s_rows + first)
             b_tile = tl.load(b_columns + first)
             acc = tl.dot(s_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         if BIAS:
@@ -123,6 +136,7 @@ def leading(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[int], bool]:
 def expand(
     x: Tensor,
     s: Tensor,
+    parts: Tensor | None,
     packed: Packed,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -136,7 +150,8 @@ def expand(
 
     Args:
         x: [m, k], last stride 1.
-        s: [m, layout.columns].
+        s: [m, layout.columns]; written here if there are parts.
+        parts: [splits, m, layout.columns] of `shrink`, or None.
         weights: [n_i, k] of the sites; empty to add the low-rank parts to what `outs` holds.
         biases: [n_i] or None; empty like weights.
         outs: [m, n_i], last stride 1.
@@ -146,8 +161,9 @@ def expand(
     block_r = common_block(columns.width for columns in layout.site)
     dense, strides, transposed = leading(weights)
     uneven = odd(*outs, *([x, *dense] if dense else []))
-    tile = launch.tile("expand", block_r, odd=uneven)
-    tiles = triton.cdiv(m, tile.m) * sum(triton.cdiv(n, tile.n) for n in ns)
+    few = parts is not None
+    tile = launch.tile("expand", block_r, odd=uneven, few=few, m=m, ns=ns, k=k if dense else 0)
+    tiles = ceil_div(m, tile.m) * sum(ceil_div(n, tile.n) for n in ns)
     if not tiles:
         return
     given = [bias for bias in biases if bias is not None]
@@ -156,6 +172,7 @@ def expand(
         (min(tiles, launch.programs),),
         x,
         s,
+        s if parts is None else parts,
         packed.buffer,
         tuple(dense) or tuple(outs),
         tuple(given[0] if bias is None else bias for bias in biases) if given else tuple(outs),
@@ -171,8 +188,10 @@ def expand(
         k,
         x.stride(0),
         layout.columns,
+        1 if parts is None else parts.shape[0],
         BASE=bool(weights),
         TRANSPOSED=transposed and bool(weights),
+        SPLIT=few,
         BIAS=bool(given),
         PRECISION=launch.precision,
         INDEX64=index64,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .buckets import BucketLayout
+from .buckets import BucketLayout, ceil_div
 from .configs import Launch
 from .expand import leading
 from .pack import Packed
@@ -99,7 +99,7 @@ def expand_tma(
     m, k = x.shape
     ns = tuple(out.shape[1] for out in outs)
     block_r = common_block(columns.width for columns in layout.site)
-    tile = launch.tile("expand_tma", block_r)
+    tile = launch.tile("expand_tma", block_r, m=m, ns=ns, k=k)
     given = [bias for bias in biases if bias is not None]
     dense, strides, transposed = leading(weights)
     packed_b = []
@@ -117,7 +117,7 @@ def expand_tma(
         )
         for weight, stride, n in zip(dense, strides, ns, strict=True)
     ]
-    tiles = triton.cdiv(m, tile.m) * sum(triton.cdiv(n, tile.n) for n in ns)
+    tiles = ceil_div(m, tile.m) * sum(ceil_div(n, tile.n) for n in ns)
     launch.start(
         expand_tma_kernel,
         (min(tiles, launch.programs),),

@@ -1,7 +1,7 @@
 """The group ops by the Triton kernels: what each launches, in which order, on which buffers.
 
-Forward: pack, shrink (and a reduce where it split its sum), expand. Backward: pack, the pass over
-every dY, a reduce of dS, dX, the pass over the sources, a reduce of dA and dB.
+Forward, three launches: pack, shrink, expand. Backward, six: pack, the pass over every dY, a reduce
+of dS, dX, the pass over the sources, a reduce of dA and dB (two, if these differ in dtype).
 """
 
 import math
@@ -58,11 +58,12 @@ def group_linear(
     outs = [output.view(rows[0].shape[0], output.shape[-1]) for output in outputs]
     index64 = _index64(launch, layout, [*rows, *weights, *outs])
     packed = _pack(a, b, scales, layout, x, launch)
-    s = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
-    if launch.tma and layout.columns and describable(rows[0], s, *weights, *outs):
+    s, parts = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
+    descriptors = launch.tma and parts is None and layout.columns
+    if descriptors and describable(rows[0], s, *weights, *outs):
         expand_tma(rows[0], s, packed, weights, biases, outs, layout, launch)
     else:
-        expand(rows[0], s, packed, weights, biases, outs, layout, launch, index64=index64)
+        expand(rows[0], s, parts, packed, weights, biases, outs, layout, launch, index64=index64)
     return outputs, s
 
 
@@ -92,9 +93,9 @@ def low_rank_add(
     outs = [output.view(rows[0].shape[0], output.shape[-1]) for output in outputs]
     index64 = _index64(launch, layout, [*rows, *outs])
     packed = _pack(a, b, scales, layout, x, launch)
-    s = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
+    s, parts = shrink(rows, packed, layout, dropout, seed, launch, index64=index64)
     if layout.columns:
-        expand(rows[0], s, packed, (), (), outs, layout, launch, index64=index64)
+        expand(rows[0], s, parts, packed, (), (), outs, layout, launch, index64=index64)
     return s
 
 
@@ -357,8 +358,10 @@ def _index64(launch: Launch, layout: BucketLayout, matrices: Sequence[Tensor]) -
     if launch.index64 is not None:
         return launch.index64
     # Tiles overhang the edge by less than 2^10 rows, whose masked addresses are computed too.
-    return (matrices[0].shape[0] + 1024) * layout.columns >= 2**31 or any(
-        (size + 1024) * stride >= 2**31
-        for matrix in matrices
-        for size, stride in zip(matrix.shape, matrix.stride(), strict=True)
-    )
+    if (matrices[0].shape[0] + 1024) * layout.columns >= 2**31:
+        return True
+    for matrix in matrices:
+        (rows, columns), (down, along) = matrix.shape, matrix.stride()
+        if (rows + 1024) * down >= 2**31 or (columns + 1024) * along >= 2**31:
+            return True
+    return False

@@ -3,18 +3,21 @@ read plain matrices whatever the ranks are.
 
 The buffer holds, one after the other: A of each branch, [bucket, k], in the order of S's columns;
 the packed B of each site, [n, site columns]; and for each column of S whether it is a rank (1) or
-padding (0). It is made anew in every pass from a few hundred kilobytes; nothing is cached.
+padding (0). It is made anew in every pass from a few hundred kilobytes; only where each part lies
+is remembered.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .buckets import BucketLayout
+from .buckets import BucketLayout, ceil_div
 from .configs import Launch
 from .tiles import pick
 
@@ -83,6 +86,69 @@ class Packed:
     valid: int
 
 
+class _Plan(NamedTuple):
+    """What follows from the layout and the sizes of the factors alone.
+
+    Attributes:
+        order: the branches of a rank above 0, in the order of their columns.
+        a, b, valid: of `Packed`.
+        size: elements of the buffer.
+        largest: elements of the largest padded factor.
+        tables: the kernel's, between the buffer and the scales.
+    """
+
+    order: tuple[int, ...]
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    valid: int
+    size: int
+    largest: int
+    tables: tuple[tuple[int, ...], ...]
+
+
+# Making the tables takes longer than the launch.
+@lru_cache(maxsize=4096)
+def _plan(
+    layout: BucketLayout, ks: tuple[int, ...], ns: tuple[int, ...], ranks: tuple[int, ...]
+) -> _Plan:
+    start_a, start_b = [0] * len(ks), [0] * len(layout.site)
+    position = 0
+    order = sorted((j for j, rank in enumerate(ranks) if rank), key=layout.branch.__getitem__)
+    width = [columns.width for columns in layout.branch]
+    for j in order:
+        start_a[j] = position
+        position += width[j] * ks[j]
+    for j in order:
+        site = layout.site[layout.site_of[j]]
+        if layout.branch[j].start == site.start:
+            start_b[layout.site_of[j]] = position
+            position += site.width * ns[j]
+    sites = [layout.site[layout.site_of[j]] for j in order]
+    tables = (
+        tuple(ranks[j] * ks[j] for j in order),
+        tuple(width[j] * ks[j] for j in order),
+        tuple(start_a[j] for j in order),
+        tuple(ns[j] * ranks[j] for j in order),
+        tuple(ns[j] for j in order),
+        tuple(width[j] for j in order),
+        tuple(
+            start_b[layout.site_of[j]] + layout.branch[j].start - site.start
+            for j, site in zip(order, sites, strict=True)
+        ),
+        tuple(site.width for site in sites),
+        tuple(position + layout.branch[j].start for j in order),
+    )
+    return _Plan(
+        tuple(order),
+        tuple(start_a),
+        tuple(start_b),
+        position,
+        position + layout.columns,
+        max((width[j] * max(ks[j], ns[j]) for j in order), default=0),
+        tables,
+    )
+
+
 def pack(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -98,44 +164,21 @@ def pack(
         scales: multiplied into B.
         x: gives dtype and device.
     """
-    start_a, start_b = [0] * len(a), [0] * len(layout.site)
-    position = 0
-    order = sorted((j for j in range(len(a)) if a[j].shape[0]), key=layout.branch.__getitem__)
-    width = [columns.width for columns in layout.branch]
-    for j in order:
-        start_a[j] = position
-        position += width[j] * a[j].shape[1]
-    for j in order:
-        site = layout.site[layout.site_of[j]]
-        if layout.branch[j].start == site.start:
-            start_b[layout.site_of[j]] = position
-            position += site.width * b[j].shape[0]
-    buffer = torch.empty(position + layout.columns, dtype=x.dtype, device=x.device)
-    if order:
-        sites = [layout.site[layout.site_of[j]] for j in order]
-        largest = max(width[j] * max(a[j].shape[1], b[j].shape[0]) for j in order)
+    ranks, ks = zip(*(factor.shape for factor in a), strict=True) if a else ((), ())
+    plan = _plan(layout, ks, tuple(factor.shape[0] for factor in b), ranks)
+    buffer = torch.empty(plan.size, dtype=x.dtype, device=x.device)
+    if plan.order:
         launch.start(
             pack_kernel,
-            (triton.cdiv(largest, _BLOCK), 2 * len(order)),
-            tuple(a[j].contiguous() for j in order),
-            tuple(b[j].contiguous() for j in order),
+            (ceil_div(plan.largest, _BLOCK), 2 * len(plan.order)),
+            tuple(a[j].contiguous() for j in plan.order),
+            tuple(b[j].contiguous() for j in plan.order),
             buffer,
-            tuple(a[j].numel() for j in order),
-            tuple(width[j] * a[j].shape[1] for j in order),
-            tuple(start_a[j] for j in order),
-            tuple(b[j].numel() for j in order),
-            tuple(b[j].shape[0] for j in order),
-            tuple(width[j] for j in order),
-            tuple(
-                start_b[layout.site_of[j]] + layout.branch[j].start - site.start
-                for j, site in zip(order, sites, strict=True)
-            ),
-            tuple(site.width for site in sites),
-            tuple(position + layout.branch[j].start for j in order),
-            tuple(float(scales[j]) for j in order),
-            BRANCHES=len(order),
+            *plan.tables,
+            tuple(float(scales[j]) for j in plan.order),
+            BRANCHES=len(plan.order),
             BLOCK=_BLOCK,
             # With four, the assembler spills for some numbers of branches on sm_120.
             num_warps=8,
         )
-    return Packed(buffer, tuple(start_a), tuple(start_b), position)
+    return Packed(buffer, plan.a, plan.b, plan.valid)

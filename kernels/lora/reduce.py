@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .buckets import ceil_div
 from .configs import Launch
 from .tables import alike
 from .tiles import pick
@@ -80,7 +81,7 @@ def reduce_splits(sums: Sequence[Sum], launch: Launch) -> None:
         largest = max(item.out.numel() for item in some)
         launch.start(
             reduce_kernel,
-            (triton.cdiv(largest, _BLOCK), len(some)),
+            (ceil_div(largest, _BLOCK), len(some)),
             tuple(item.out for item in some),
             tuple(item.parts for item in some),
             alike(item.out.numel() for item in some),

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_hip
 
-from .buckets import BUCKETS, BucketLayout
+from .buckets import BUCKETS, BucketLayout, ceil_div
 from .configs import Launch, odd
 from .reduce import Sum, reduce_splits
 from .tables import alike, thresholds
@@ -131,7 +131,7 @@ def score(
     block_r = next(size for size in BUCKETS if size >= max(ranks))
     tile = launch.tile("score", block_r, odd=odd(*lefts), dropout=any(dropout))
     sizes = [left.shape[1] for left in lefts]
-    blocks = [triton.cdiv(size, tile.n) for size in sizes]
+    blocks = [ceil_div(size, tile.n) for size in sizes]
     wide = torch.float64 if low.dtype == torch.float64 else torch.float32
     part_size = block_r * block_r + 16
     parts = low.new_empty(sum(blocks) * part_size, dtype=wide)

@@ -11,14 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .buckets import BucketLayout
+from .buckets import BucketLayout, ceil_div
 from .configs import Launch, odd
 from .pack import Packed
-from .reduce import Sum, reduce_splits
 from .tables import chunks
 from .tiles import keep_tile, offsets, pick
 
 __all__ = ["shrink", "shrink_kernel"]
+
+# Rows at a time where there are many.
+_ROWS = 64
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -93,27 +95,42 @@ def shrink(
     launch: Launch,
     *,
     index64: bool,
-) -> Tensor:
-    """S [m, columns] in the dtype of x.
+) -> tuple[Tensor, Tensor | None]:
+    """S [m, columns] in the dtype of x, and None; or room for it, and the parts it is the sum of.
+
+    Few rows leave most programs idle, so that several share a sum over k. `expand` adds up.
 
     Args:
         sources: [m, k_i] each, last stride 1.
         packed: as `pack` made it.
         dropout: probability for each branch.
         seed: int64 scalar if any is above 0.
+
+    Returns:
+        S, and its parts [splits, m, columns] in float32 (float64 for float64) if the sum was split.
     """
     m, x = sources[0].shape[0], sources[0]
     ks = [source.shape[1] for source in sources]
     s = torch.empty(m, layout.columns, dtype=x.dtype, device=x.device)
     if not layout.columns or not m:
-        return s
+        return s, None
     table = chunks(layout, packed, ks, dropout)
-    tile = launch.tile("shrink", table.block, odd=odd(*sources), dropout=table.dropout)
-    row_blocks = triton.cdiv(m, tile.m)
-    # A split of fewer than four steps costs more to add up than it saves.
-    steps = min(triton.cdiv(k, tile.k) for k in ks)
-    splits = max(1, min(2 * launch.programs // (row_blocks * len(table.start)), steps // 4))
-    parts = s
+    tile = launch.tile(
+        "shrink",
+        table.block,
+        odd=odd(*sources),
+        dropout=table.dropout,
+        few=2 * ceil_div(m, _ROWS) * len(table.start) <= launch.programs,
+        m=m,
+        ns=ks[:1],
+        k=ks[0],
+    )
+    row_blocks = ceil_div(m, tile.m)
+    # Fewer than three parts, or than four steps in one, cost more to add up than they save.
+    steps = min(ceil_div(k, tile.k) for k in ks)
+    splits = min(launch.programs // (row_blocks * len(table.start)), steps // 4)
+    splits = 1 if splits < 3 else splits
+    parts = None
     if splits > 1:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         parts = torch.empty(splits, m, layout.columns, dtype=wide, device=x.device)
@@ -124,7 +141,7 @@ def shrink(
         tuple(source.stride(0) for source in sources),
         tuple(ks),
         packed.buffer,
-        parts,
+        s if parts is None else parts,
         table.source,
         table.start,
         table.width,
@@ -145,6 +162,4 @@ def shrink(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if splits > 1:
-        reduce_splits([Sum(s, parts, layout.columns, s.numel(), splits)], launch)
-    return s
+    return s, parts

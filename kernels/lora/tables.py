@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .buckets import BUCKETS, BucketLayout
 from .pack import Packed
@@ -58,24 +59,38 @@ def chunks(
     layout: BucketLayout, packed: Packed, ks: Sequence[int], dropout: Sequence[float]
 ) -> ColumnTable:
     """Every segment cut into chunks of at most `block` columns, the bucket of the widest."""
-    widest = max(segment.width for segment in layout.segments)
-    block = next((size for size in BUCKETS if size >= widest), BUCKETS[-1])
-    return _table(layout, packed, ks, dropout, block, cut=True)
+    return _chunks(layout, packed.a, tuple(ks), tuple(dropout))
 
 
 def segments(
     layout: BucketLayout, packed: Packed, ks: Sequence[int], dropout: Sequence[float]
 ) -> ColumnTable:
     """Every segment whole; `block` divides all widths."""
+    return _segments(layout, packed.a, tuple(ks), tuple(dropout))
+
+
+@lru_cache(maxsize=4096)
+def _chunks(
+    layout: BucketLayout, starts_a: tuple[int, ...], ks: tuple[int, ...], dropout: tuple[float, ...]
+) -> ColumnTable:
+    widest = max(segment.width for segment in layout.segments)
+    block = next((size for size in BUCKETS if size >= widest), BUCKETS[-1])
+    return _table(layout, starts_a, ks, dropout, block, cut=True)
+
+
+@lru_cache(maxsize=4096)
+def _segments(
+    layout: BucketLayout, starts_a: tuple[int, ...], ks: tuple[int, ...], dropout: tuple[float, ...]
+) -> ColumnTable:
     block = common_block(segment.width for segment in layout.segments)
-    return _table(layout, packed, ks, dropout, block, cut=False)
+    return _table(layout, starts_a, ks, dropout, block, cut=False)
 
 
 def _table(
     layout: BucketLayout,
-    packed: Packed,
-    ks: Sequence[int],
-    dropout: Sequence[float],
+    starts_a: tuple[int, ...],
+    ks: tuple[int, ...],
+    dropout: tuple[float, ...],
     block: int,
     *,
     cut: bool,
@@ -95,7 +110,7 @@ def _table(
         start=tuple(start for _, start, _ in runs),
         width=tuple(width for _, _, width in runs),
         a=tuple(
-            packed.a[branch_at[segment.start]] + (start - segment.start) * ks[segment.source]
+            starts_a[branch_at[segment.start]] + (start - segment.start) * ks[segment.source]
             for segment, start, _ in runs
         ),
         branch=alike(max(segment.branch, 0) for segment, _, _ in runs),

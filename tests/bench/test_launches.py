@@ -83,6 +83,6 @@ def test_casts_of_bf16_are_seen():
 
 
 def test_a_fused_group_launches_fewer_than_peft_in_bf16():
-    fused, peft = (launches(built(name, dtype=torch.bfloat16), CPU) for name in ("fused", "peft"))
+    fused, peft = (launches(built(name, dtype=torch.bfloat16), CPU) for name in ("aten", "peft"))
     floor = launches(built("base-only", dtype=torch.bfloat16), CPU)
     assert floor < fused < peft

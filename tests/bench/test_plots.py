@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_runs import BANDWIDTH, FLOPS, environment, full_run, red, result
+from bench_runs import BANDWIDTH, FLOPS, environment, full_run, red, result, trained
 
 from heterolora.bench.drawing import svg
 from heterolora.bench.measures import only, ratios
@@ -141,6 +141,22 @@ def test_saved_has_one_row_a_model_or_group():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["toy", "qkv-64"]
     # 128 000, 96 000 and 64 000 bytes of 64 tokens and 2 layers.
     assert points(axes)[:3] == [[(1.0, 0)], [(0.75, 0)], [(0.5, 0)]]
+
+
+def test_losses_are_the_mean_of_the_seeds_over_their_range():
+    losses = {"peft": [[3.0, 2.0], [5.0, 1.0]], "fused": [[3.0, 1.5], [4.0, 0.5]]}
+    cases = [trained(f"train-toy-{dtype}", losses, dtype=dtype) for dtype in (*FLOPS, "fp16")]
+    figure = PLOTS["train"].draw([run_of(*cases)])
+    assert [axes.get_title() for axes in figure.axes] == ["toy-fp32", "toy-bf16", "toy-fp16"]
+    for axes in figure.axes:
+        assert [list(line.get_xydata().ravel()) for line in axes.lines] == [
+            [1, 4.0, 2, 1.5],
+            [1, 3.5, 2, 1.0],
+        ]
+        (peft, _) = (band.get_paths()[0].get_extents() for band in axes.collections)
+        assert (peft.ymin, peft.ymax) == (1.0, 5.0)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["PEFT, uniform", "fused, searched"]
 
 
 def test_pngs_of_every_device(tmp_path):

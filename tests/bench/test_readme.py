@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from bench_runs import environment, full_run, red, result
+from bench_runs import environment, full_run, red, result, trained
 
 from heterolora.bench.harness import BenchError
 from heterolora.bench.measures import read_folder
@@ -69,7 +69,10 @@ def test_broken_markers(text, message):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_without_results_is_an_error(name):
+def test_a_block_without_results_is_an_error_or_waits(name):
+    if name == "train":
+        assert block(name) == block(name, run_of(red())) == "Not measured yet."
+        return
     for runs in ([], [run_of(red())]):
         with pytest.raises(BenchError, match=f"block '{name}': no result"):
             update(f"<!-- bench:{name} --><!-- /bench:{name} -->", runs)
@@ -134,6 +137,31 @@ def test_scoring_is_relative_to_a_frozen_pass():
 def test_memory_is_per_token_and_layer():
     row = cells(block("memory", run_of(result("toy-fp32-uniform", "model", SAMPLES))), "toy")
     assert row == ["toy", "1,000", "750", "500"]
+
+
+def test_training_runs_are_compared_seed_by_seed():
+    losses = {
+        # Last halves: 0.6 and 0.8, 0.5 and 0.6: differences -0.1 and -0.2.
+        "peft": [[1.0, 1.0, 0.7, 0.5], [1.0, 1.0, 0.9, 0.7]],
+        "fused": [[1.0, 1.0, 0.6, 0.4], [1.0, 1.0, 0.7, 0.5]],
+        "peft-searched": [[1.0, 1.0, 0.6, 0.4], [1.0, 1.0, 0.8, 0.6]],
+        "fused-uniform": [[1.0, 1.0, 0.7, 0.5], [1.0, 1.0, 0.9, 0.7]],
+    }
+    case = trained("train-toy-fp32", losses, tokens=100)
+    text = block("train", run_of(case, result("op-8x8-m64-r8-fp32", "op", SAMPLES)))
+    assert "1 thread, 2 rounds. Each round trains every arm" in " ".join(text.split())
+    label, arm, *peft = cells(text, "train-toy-fp32")
+    assert (label, arm) == ("train-toy-fp32, made-up weights", "PEFT, uniform")
+    assert peft == [
+        "**1.00** [1.00, 1.00]", "10,000", "4.0", "1,234", "8", "0", "0.7000", "",
+    ]  # fmt: skip
+    (fused,) = (line for line in text.splitlines() if "| fused, searched |" in line)
+    assert [cell.strip() for cell in fused.strip("|").split("|")] == [
+        "", "fused, searched", "**1.10** [1.10, 1.10]", "9,091", "4.0", "1,234",
+        "0 to 24, 2 of 3 at 0", "3", "0.5500", "-0.1500 ± 0.0500",
+    ]  # fmt: skip
+    one = trained("train-toy-fp32", {name: runs[:1] for name, runs in losses.items()})
+    assert "±" not in block("train", run_of(one))
 
 
 def test_each_device_has_its_part():

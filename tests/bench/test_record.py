@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from bench_runs import environment as made_up
-from bench_runs import red, result
+from bench_runs import red, result, trained
 
 from heterolora.bench.harness import BenchError
 from heterolora.bench.record import (
@@ -129,6 +129,46 @@ def test_malformed_files(tmp_path, what):
     with pytest.raises(BenchError, match=message) as caught:
         read_run(path)
     assert str(path) in str(caught.value)
+
+
+def training_file(tmp_path, change):
+    """A file of one train case after `change` of that result."""
+    case = trained("train-toy-fp32", {name: [[1.0, 0.5]] * 2 for name in ("peft", "fused")})
+    path = tmp_path / "train.json"
+    write_run(run_of(case), path)
+    content = json.loads(path.read_text())
+    change(first(content))
+    path.write_text(json.dumps(content))
+    return case, path
+
+
+def test_training_is_read_back_and_may_be_absent_from_older_files(tmp_path):
+    case, path = training_file(tmp_path, lambda item: None)
+    assert read_run(path).results == [case]
+    write_run(run_of(green()), path)
+    content = json.loads(path.read_text())
+    del first(content)["training"]
+    path.write_text(json.dumps(content))
+    assert read_run(path).results == [green()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda item: item.pop("training"), "training: a green train case has it, and no other"),
+        (lambda item: item.update(kind="model"), "training: a green train case has it"),
+        (lambda item: item["training"].pop("rank"), "training: missing or unknown rank"),
+        (lambda item: item["training"].update(steps=1.5), "training.steps: expected int"),
+        (lambda item: item["training"]["losses"].pop("fused"), "training.losses: expected the var"),
+        (lambda item: item["training"]["losses"]["fused"].pop(), "fused: expected a list of 2 los"),
+        (lambda item: item["training"]["losses"]["peft"][0].pop(), "peft: expected a list of 2"),
+        (lambda item: item["training"]["losses"]["peft"][0].append(None), "for each of 2 rounds"),
+    ],
+)
+def test_malformed_training(tmp_path, change, message):
+    _, path = training_file(tmp_path, change)
+    with pytest.raises(BenchError, match=message):
+        read_run(path)
 
 
 def test_a_missing_file(tmp_path):

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from heterolora.kernels import aot, aot_read
-from heterolora.kernels.aot_cases import BUCKETED, FEATURES
+from heterolora.kernels import aot, aot_read, aot_tables, mixes
+from heterolora.kernels.aot_cases import ALTERNATIVES, BUCKETED, FEATURES
 from heterolora.kernels.aot_read import ARCHS, Usage, faults
+from heterolora.kernels.mixes import Loop, Mix
 
 KERNELS = {"pack", "shrink", "expand", "expand_tma", "dy", "dx", "da", "reduce", "score"}
 
@@ -82,22 +83,38 @@ def test_tensor_memory_has_an_end():
 
 
 def test_worse_than_the_table_fails():
-    assert aot._worse(Usage(128, 1024, 0), (128, 1024)) is None
-    assert aot._worse(Usage(96, 512, 0), (128, 1024)) is None
-    assert "registers" in aot._worse(Usage(137, 1024, 0), (128, 1024))
-    assert "shared" in aot._worse(Usage(128, 1040, 0), (128, 1024))
-    assert "--write-table" in aot._worse(Usage(128, 1024, 0), None)
+    assert aot_tables.worse(Usage(128, 1024, 0), (128, 1024)) is None
+    assert aot_tables.worse(Usage(96, 512, 0), (128, 1024)) is None
+    assert "registers" in aot_tables.worse(Usage(137, 1024, 0), (128, 1024))
+    assert "shared" in aot_tables.worse(Usage(128, 1040, 0), (128, 1024))
+    assert "--write-table" in aot_tables.worse(Usage(128, 1024, 0), None)
+
+
+def test_other_instructions_than_recorded_fail():
+    mix = Mix(Loop(4, 12, 0, 100), Loop(1, 3, 0, 60), 1000, "a")
+    assert aot_tables.different(mix._replace(rest=1090, code="b"), mix) is None
+    assert "mix.json" in aot_tables.different(mix._replace(rest=1200), mix)
+    assert "mix.json" in aot_tables.different(mix._replace(base=Loop(8, 12, 0, 100)), mix)
+    assert "--write-table" in aot_tables.different(mix, None)
+
+
+def test_another_triton_is_not_compared_with(monkeypatch):
+    assert aot_tables.read_table() is not None
+    monkeypatch.setattr("triton.__version__", "9.9.0")
+    assert aot_tables.read_table() is None
 
 
 def test_the_table_covers_the_matrix():
-    table = json.loads(aot.TABLE.read_text())["kernels"]
+    table = json.loads(aot_tables.RESOURCES.read_text())["kernels"]
     assert list(table) == sorted(table)
     for arch in ARCHS:
         found = {name.split(": ")[1].split()[0] for name in table if name.startswith(f"{arch} ")}
         assert found >= KERNELS - {"expand_tma"}, arch
     cases = {name.split(": ")[0] for name in table}
-    for case in (*BUCKETED[:4], *FEATURES):
+    for case in (*BUCKETED[:4], *FEATURES, *ALTERNATIVES):
         assert f"sm_90 bfloat16 {case.name}" in cases
+    names = list(mixes.read()[1])
+    assert names == sorted(names)
 
 
 def test_an_unknown_architecture_is_refused():
@@ -106,7 +123,7 @@ def test_an_unknown_architecture_is_refused():
 
 
 def test_no_two_cases_share_a_name():
-    names = [case.name for case in (*BUCKETED, *FEATURES)]
+    names = [case.name for case in (*BUCKETED, *FEATURES, *ALTERNATIVES)]
     assert len(names) == len(set(names))
 
 

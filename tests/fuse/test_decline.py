@@ -155,7 +155,7 @@ REASONS = {
 def test_declined_and_bit_equal(reason):
     model, twin = REASONS[reason](), REASONS[reason]()
     x = torch.randn(3, 8)
-    report = heterolora.fuse(model)
+    report = heterolora.fuse(model, backend="aten")
     assert report.declined == {**report.declined, NAME: reason}
     assert not report.fused
     torch.manual_seed(3)
@@ -181,7 +181,7 @@ def test_strict_raises_and_leaves_the_model_alone(reason):
     model = REASONS[reason]()
     before = _layer(model).__dict__.get("forward")
     with pytest.raises(FuseError) as caught:
-        heterolora.fuse(model, strict=True)
+        heterolora.fuse(model, strict=True, backend="aten")
     assert f"{NAME}: {reason}" in str(caught.value)
     assert _layer(model).__dict__.get("forward") is before
     assert not hasattr(model, "_heterolora")
@@ -189,7 +189,7 @@ def test_strict_raises_and_leaves_the_model_alone(reason):
 
 def test_other_lora_layers_are_declined_by_kind():
     model = _model(target_modules=["linear", "embedding"])
-    report = heterolora.fuse(model)
+    report = heterolora.fuse(model, backend="aten")
     assert report.fused == {NAME: "aten"}
     assert report.declined == {"inner.embedding": f"a lora.Embedding layer: {MORE}"}
     assert "1 LoRA layers fused, 1 declined" in str(report)
@@ -211,7 +211,7 @@ def test_inputs_declined_at_the_call(change, x, reason, caplog):
     """What PEFT makes of the input, be it an error, is what the caller sees."""
     model, twin = _model(), _model()
     change(model), change(twin)
-    assert heterolora.fuse(model).fused
+    assert heterolora.fuse(model, backend="aten").fused
     with CountOps() as ops, caplog.at_level(logging.WARNING, "heterolora"):
         outcome = _outcome(model, x)
     assert ops.forward == 0
@@ -245,7 +245,7 @@ def test_layers_of_other_back_ends_are_named(module, reason):
     model, x = _model(), torch.randn(3, 8)
     expected = model(x)
     _layer(model).__class__ = Linear
-    report = heterolora.fuse(model)
+    report = heterolora.fuse(model, backend="aten")
     assert report.declined == {NAME: reason} and not report.fused
     with CountOps() as ops:
         assert torch.equal(model(x), expected)
@@ -259,7 +259,7 @@ def test_mixed_batches_go_to_peft():
     ids = {"input_ids": batch["input_ids"]}
     names = ["default", "__base__", "default"]
     expected = model(**ids, adapter_names=names).logits
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     with CountOps() as ops:
         found = model(**ids, adapter_names=names).logits
     assert ops.forward == 0
@@ -269,7 +269,7 @@ def test_mixed_batches_go_to_peft():
 def test_reasons_that_pass_are_looked_at_again(caplog):
     model = _model(lora_dropout=0.1)
     x = torch.randn(3, 8)
-    assert heterolora.fuse(model).declined == {NAME: "active dropout (p=0.1)"}
+    assert heterolora.fuse(model, backend="aten").declined == {NAME: "active dropout (p=0.1)"}
     with CountOps() as ops:
         model.eval()(x)
         assert ops.forward == 1
@@ -292,7 +292,7 @@ def test_reasons_that_pass_are_looked_at_again(caplog):
 def test_scale_is_read_at_the_call():
     model, twin = _model(), _model()
     x = torch.randn(3, 8)
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     for scale in (3.0, torch.tensor(0.5)):
         _layer(model).scaling["default"] = scale
         _layer(twin).scaling["default"] = scale
@@ -302,7 +302,7 @@ def test_scale_is_read_at_the_call():
 def test_trainable_bias():
     model, twin = _model(bias="lora_only"), _model(bias="lora_only")
     x = torch.randn(3, 8)
-    assert heterolora.fuse(model).fused
+    assert heterolora.fuse(model, backend="aten").fused
     _, grads = _value_and_gradients(model, x)
     _, wanted = _value_and_gradients(twin, x)
     assert any(name.endswith("base_layer.bias") for name in wanted)

@@ -37,7 +37,7 @@ def test_unfuse_puts_everything_back(bert):
     model, batch = bert
     before = _state(model)
     logits, grads = step(model, batch)
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     assert _state(model) != before
     heterolora.unfuse(model)
     assert _state(model) == before
@@ -50,22 +50,22 @@ def test_unfuse_puts_everything_back(bert):
 def test_unfuse_before_any_pass_removes_the_watching_hooks(bert):
     model, _ = bert
     before = _state(model)
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     heterolora.unfuse(model)
     assert _state(model) == before
 
 
 def test_fusing_twice_is_fusing_once(bert):
     model, batch = bert
-    first = heterolora.fuse(model, example=batch)
+    first = heterolora.fuse(model, example=batch, backend="aten")
     state = _state(model)
-    assert heterolora.fuse(model) == first
+    assert heterolora.fuse(model, backend="aten") == first
     assert _state(model)[0] == state[0] and _state(model)[3] == state[3]
 
 
 def test_a_wrapper_put_on_later_survives_unfuse(bert):
     model, _ = bert
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     layer = model.get_base_model().bert.pooler.dense
     bound = layer.forward
     layer.forward = lambda *args: bound(*args)
@@ -76,10 +76,10 @@ def test_a_wrapper_put_on_later_survives_unfuse(bert):
 
 def test_an_adapter_added_later_is_picked_up(bert):
     model, batch = bert
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     model.add_adapter("second", LoraConfig(r=2, target_modules=["classifier"]))
     model.set_adapter("second")
-    report = heterolora.fuse(model)
+    report = heterolora.fuse(model, backend="aten")
     assert "classifier" in report.fused
     with CountOps() as ops:
         model(**batch)
@@ -89,7 +89,7 @@ def test_an_adapter_added_later_is_picked_up(bert):
 def test_peft_sees_the_same_model(bert, tmp_path):
     model, batch = bert
     keys = list(model.state_dict())
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     assert isinstance(model, PeftModel)
     assert list(model.state_dict()) == keys
     logits, _ = step(model, batch)
@@ -106,7 +106,7 @@ def test_model_with_injected_layers():
     config = LoraConfig(r=2, target_modules=["query", "key", "value"], init_lora_weights=False)
     model = inject_adapter_in_model(config, base)
     logits, _ = step(model, batch)
-    report = heterolora.fuse(model, example=batch)
+    report = heterolora.fuse(model, example=batch, backend="aten")
     assert len(report.fused) == 6 and len(report.groups) == 2
     with CountOps() as ops:
         fused, _ = step(model, batch)
@@ -116,7 +116,7 @@ def test_model_with_injected_layers():
 
 def test_without_lora_layers():
     with pytest.raises(FuseError, match="no LoRA layers"):
-        heterolora.fuse(build("bert"))
+        heterolora.fuse(build("bert"), backend="aten")
 
 
 def test_unknown_backend(bert):
@@ -127,7 +127,7 @@ def test_unknown_backend(bert):
 def test_a_failing_example_raises_its_own_error(bert):
     model, _ = bert
     with pytest.raises(ValueError, match="exactly one of input_ids"):
-        heterolora.fuse(model, example={"labels": torch.zeros(1)})
+        heterolora.fuse(model, example={"labels": torch.zeros(1)}, backend="aten")
     assert model.training
 
 
@@ -138,7 +138,7 @@ def test_frozen_adapter_only_passes_the_gradient_on(bert):
             parameter.requires_grad_(False)
     _, grads = step(model, batch)
     assert grads and not any("layer.1" in name for name in grads)
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     _, fused = step(model, batch)
     assert fused.keys() == grads.keys()
     for name, grad in grads.items():
@@ -153,7 +153,7 @@ def test_autocast(name):
     truth, _ = step(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         peft, _ = step(model, batch)
-        heterolora.fuse(model, example=batch)
+        heterolora.fuse(model, example=batch, backend="aten")
         with CountOps() as ops:
             fused, grads = step(model, batch)
     assert ops.forward == ops.backward > 0
@@ -171,7 +171,7 @@ def test_compiles_without_a_break(name):
     batch = batch_for(base)
     model = with_lora(base)
     logits, grads = step(model, batch)
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found, compiled_grads = step(compiled, batch)
     assert error(found, logits) < 1e-5
@@ -183,7 +183,7 @@ def test_inductor_compiles_a_fused_layer():
     base = build("bert")
     batch = batch_for(base)
     model = with_lora(base)
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     layer = model.get_base_model().bert.encoder.layer[0]
     x = torch.randn(2, 5, 48)
     compiled = torch.compile(layer, fullgraph=True)
@@ -206,7 +206,7 @@ def _train(model, batches, steps=20):
 def test_twenty_steps_follow_the_same_curve(name):
     batches = [batch_for(build(name), seed=seed) for seed in range(4)]
     plain, fused = with_lora(build(name)), with_lora(build(name))
-    heterolora.fuse(fused)
+    heterolora.fuse(fused, backend="aten")
     expected, found = _train(plain, batches), _train(fused, batches)
     assert expected[16] < expected[0], "the same batch must have become easier"
     for ours, theirs in zip(found, expected, strict=True):

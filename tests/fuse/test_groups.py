@@ -61,10 +61,10 @@ def _ops(model, x):
 
 def test_found_in_the_first_pass_and_used_from_the_second(net):
     x = torch.randn(5, 8)
-    assert heterolora.fuse(net).groups == ()
+    assert heterolora.fuse(net, backend="aten").groups == ()
     assert _ops(net, x)[1] == 3
     assert _ops(net, x)[1] == 2
-    assert heterolora.fuse(net).groups == (("inner.left", "inner.right"),)
+    assert heterolora.fuse(net, backend="aten").groups == (("inner.left", "inner.right"),)
 
 
 def test_an_example_finds_them_before_the_first_pass(net):
@@ -74,7 +74,7 @@ def test_an_example_finds_them_before_the_first_pass(net):
     torch.manual_seed(5)
     net.train()
     net.get_base_model().inner.between = lambda block, x: x if torch.rand(1) > -1 else x
-    report = heterolora.fuse(net, example={"x": x})
+    report = heterolora.fuse(net, example={"x": x}, backend="aten")
     assert report.groups == (("inner.left", "inner.right"),)
     assert torch.equal(torch.rand(1), expected), "the random state must be put back"
     assert net.training and _block(net).left.training
@@ -82,7 +82,7 @@ def test_an_example_finds_them_before_the_first_pass(net):
 
 
 def _fused(net, x):
-    heterolora.fuse(net, example={"x": x})
+    heterolora.fuse(net, example={"x": x}, backend="aten")
     return net
 
 
@@ -211,7 +211,7 @@ def test_layer_that_runs_twice(net):
 
     twice = Twice(_block(net))
     expected = twice(x)
-    report = heterolora.fuse(twice, example={"x": x})
+    report = heterolora.fuse(twice, example={"x": x}, backend="aten")
     assert report.groups == (("inner.left", "inner.right"),)
     y, calls = _ops(twice, x)
     assert calls == 4
@@ -230,7 +230,7 @@ def test_layer_that_runs_twice(net):
 def test_groups_of_real_models(name, groups):
     base = build(name)
     model = with_lora(base, 2)
-    report = heterolora.fuse(model, example=batch_for(base))
+    report = heterolora.fuse(model, example=batch_for(base), backend="aten")
     found = {tuple(n.rpartition(".")[2] for n in names) for names in report.groups}
     assert found == groups
     per_layer = {"bert": 1, "llama": 2, "t5": 5, "gpt2": 0}[name]
@@ -246,7 +246,7 @@ def test_gradient_checkpointing_is_bit_equal(name, reentrant):
     batch = batch_for(base)
     model = with_lora(base)
     model.enable_input_require_grads()
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     logits, grads = step(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with CountOps() as ops:
@@ -265,7 +265,7 @@ def test_generation_with_a_cache():
     ids = torch.randint(3, 97, (2, 5))
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     expected = model.generate(input_ids=ids, **options)
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     with CountOps() as ops:
         found = model.generate(input_ids=ids, **options)
     assert ops.forward > 0
@@ -276,7 +276,7 @@ def test_copies_and_the_original_do_not_share_state():
     base = build("bert")
     batch = batch_for(base)
     model = with_lora(base)
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in twin.parameters():

@@ -31,7 +31,7 @@ def _quantised(name, only="", **options):
 def test_equals_peft_with_mixed_ranks(name):
     model, batch = _quantised(name)
     logits, grads = step(model, batch)
-    report = heterolora.fuse(model, example=batch)
+    report = heterolora.fuse(model, example=batch, backend="aten")
     assert not report.declined and set(report.fused.values()) == {OWN}
     with CountOps() as ops:
         fused, found = step(model, batch)
@@ -50,7 +50,7 @@ def test_low_precision_within_twice_peft():
         if parameter.is_floating_point() and "lora_" not in name:
             parameter.data = parameter.data.bfloat16()
     peft, truth = copy.deepcopy(model), copy.deepcopy(model).double()
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     expected, exact = step(peft, batch), step(truth, batch)
     found = step(model, batch)
     assert found[0].dtype == expected[0].dtype == torch.bfloat16
@@ -68,7 +68,7 @@ def test_autocast_gives_the_dtype_of_the_base():
     truth, _ = step(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         peft, _ = step(model, batch)
-        heterolora.fuse(model, example=batch)
+        heterolora.fuse(model, example=batch, backend="aten")
         with CountOps() as ops:
             fused, grads = step(model, batch)
     assert added(ops)[0] > 0
@@ -81,7 +81,7 @@ def test_groups_of_both_kinds_run_as_two_operations():
     model, batch = _quantised("bert", only="query")
     quantise_bases(model, only="key")
     logits, grads = step(model, batch)
-    report = heterolora.fuse(model, example=batch)
+    report = heterolora.fuse(model, example=batch, backend="aten")
     assert set(report.fused.values()) == {"aten", OWN}
     with CountOps() as ops:
         fused, found = step(model, batch)
@@ -96,7 +96,7 @@ def test_groups_of_both_kinds_run_as_two_operations():
 def test_gradient_checkpointing_is_bit_equal(name, reentrant):
     model, batch = _quantised(name)
     model.enable_input_require_grads()
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     logits, grads = step(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with CountOps() as ops:
@@ -112,7 +112,7 @@ def test_without_gradients(mode):
     model.eval()
     with mode():
         expected = model(**batch).logits.clone()
-        heterolora.fuse(model, example=batch)
+        heterolora.fuse(model, example=batch, backend="aten")
         with CountOps() as ops:
             found = model(**batch).logits
     assert added(ops)[0] > 0
@@ -123,7 +123,7 @@ def test_compiles_without_a_break():
     model, batch = _quantised("llama")
     model.get_base_model().loss_type = "ForCausalLM"
     logits, grads = step(model, batch)
-    heterolora.fuse(model, example=batch)
+    heterolora.fuse(model, example=batch, backend="aten")
     found, compiled = step(torch.compile(model, fullgraph=True, backend="aot_eager"), batch)
     assert error(found, logits) < 1e-5
     assert all(error(compiled["_orig_mod." + key], grad) < 1e-5 for key, grad in grads.items())
@@ -211,7 +211,7 @@ def test_bases_that_the_group_op_cannot_read(name):
     if name in CHANGES:
         for model in models:
             CHANGES[name](_layer(model).base_layer)
-    assert heterolora.fuse(models[0], strict=True).fused == {"linear": OWN}
+    assert heterolora.fuse(models[0], strict=True, backend="aten").fused == {"linear": OWN}
     with CountOps() as ops:
         _compare(*models)
     assert added(ops) == (1, 1)
@@ -228,7 +228,7 @@ def test_hooks_see_the_calls_and_the_values_that_peft_shows_them():
     logits, _ = step(model, batch)
     expected, seen[:] = list(seen), []
     assert len(expected) > 6
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     step(model, batch)
     seen.clear()
     with CountOps() as ops:
@@ -262,7 +262,7 @@ def test_outputs_that_do_not_fit_go_to_peft(kind, reason, caplog):
     model, twin = _model(Odd), _model(Odd)
     for one in (model, twin):
         _layer(one).base_layer.kind = kind
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     x = torch.randn(3, 8)
     with CountOps() as ops, caplog.at_level(logging.WARNING, "heterolora"):
         for _ in range(2):
@@ -280,7 +280,7 @@ def test_output_of_a_tensor_subclass_goes_to_peft(caplog):
     for one in (model, twin):
         base = _layer(one).base_layer
         base.weight = nn.Parameter(base.weight.detach().as_subclass(Subclassed), False)
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     x = torch.randn(3, 8)
     with caplog.at_level(logging.WARNING, "heterolora"):
         found = model(x)
@@ -291,7 +291,7 @@ def test_output_of_a_tensor_subclass_goes_to_peft(caplog):
 def test_an_error_of_the_base_comes_through():
     model = _model()
     _layer(model).base_layer.bias = nn.Parameter(torch.zeros(6, dtype=torch.float64))
-    heterolora.fuse(model)
+    heterolora.fuse(model, backend="aten")
     with pytest.raises(RuntimeError, match="dtype"):
         model(torch.randn(3, 8))
 
@@ -303,7 +303,7 @@ def test_adapters_inside_the_base_layer():
         config = LoraConfig(r=2, init_lora_weights=False)
         torch.manual_seed(1)
         layer.base_layer = lora.Linear(layer.base_layer, "default", config=config, r=2)
-    report = heterolora.fuse(models[0])
+    report = heterolora.fuse(models[0], backend="aten")
     assert report.declined == {"linear": "adapter layers inside the base layer"}
     assert report.fused == {"linear.base_layer": "aten"}
     with CountOps() as ops:
@@ -322,7 +322,7 @@ def test_other_quantised_layers_of_peft(kind, dtype):
         base = Int8Linear.of(nn.Linear(8, 6))
         nets.append(Net(kind(base, "default", config=config, r=3, lora_alpha=6)))
     x = torch.randn(4, 8, dtype=dtype)
-    assert heterolora.fuse(nets[0]).fused == {"linear": OWN}
+    assert heterolora.fuse(nets[0], backend="aten").fused == {"linear": OWN}
     with CountOps() as ops:
         if dtype == torch.float32:
             _compare(*nets, x)
@@ -334,5 +334,5 @@ def test_other_quantised_layers_of_peft(kind, dtype):
     assert added(ops)[0] == 1
     nets[0].linear.quant_linear_module = nn.Linear(8, 6)
     if kind in (AwqLoraLinear, GPTQLoraLinear):
-        declined = heterolora.fuse(nets[0]).declined
+        declined = heterolora.fuse(nets[0], backend="aten").declined
         assert declined == {"linear": "quant_linear_module is not the base layer"}

@@ -19,7 +19,7 @@ def adapted(request):
 def test_float32_within_1e5(adapted):
     model, batch = adapted
     logits, grads = step(model, batch)
-    report = heterolora.fuse(model, example=batch)
+    report = heterolora.fuse(model, example=batch, backend="aten")
     assert not report.declined
     with CountOps() as ops:
         fused_logits, fused_grads = step(model, batch)
@@ -37,7 +37,7 @@ def test_bfloat16_within_twice_peft_error(adapted):
     peft = _low_precision(model, torch.bfloat16)
     truth, fused = copy.deepcopy(peft).double(), copy.deepcopy(peft)
     batches = [batch_for(model, rows=16, length=12, seed=seed) for seed in range(12)]
-    report = heterolora.fuse(fused, example=_cast(batches[0], torch.bfloat16))
+    report = heterolora.fuse(fused, example=_cast(batches[0], torch.bfloat16), backend="aten")
     assert report.fused and not report.declined
     squares = Counter()
     for batch in batches:

@@ -171,7 +171,7 @@ def test_a_fused_model_compiles_without_a_graph_break():
     ids = torch.randint(0, 97, (3, 9), device="cuda")
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits
-    report = heterolora.fuse(model, example={"input_ids": ids})
+    report = heterolora.fuse(model, backend="triton", example={"input_ids": ids})
     assert report.fused and not report.declined
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 
-from heterolora.kernels import fused, group_linear
+from heterolora.kernels import Branch, Site, fused, group_linear
 from heterolora.kernels.configs import launch_for
 from heterolora.verify.checks import check_repeats, converted
 from heterolora.verify.groups import GROUPS, SEEDED, Draw, dropout_seed, leaves
@@ -150,12 +151,29 @@ def test_the_seed_alone_decides_the_masks():
 
 
 @pytest.mark.quick
-def test_launches_do_not_grow_with_branches(launches):
-    """One launch for each step of a group, whatever its ranks; and every kernel runs somewhere."""
-    outputs_and_gradients(GROUPS["single"](Draw(torch.float32)), "triton")
-    one = dict(launches)
-    launches.clear()
-    outputs_and_gradients(LARGE["ranks_1_to_4"](Draw(torch.float32)), "triton")
-    assert set(one) <= set(launches)
-    assert {n: c for n, c in launches.items() if n in one and c > one[n]} == {}
-    assert {"pack_kernel", "shrink_kernel", "expand_kernel"} <= set(one)
+@pytest.mark.parametrize("k", [96, 320], ids=["whole sums", "split sums"])
+@pytest.mark.parametrize("ranks", [(16,), (1, 0, 128), (4, 24, 160)])
+def test_launches_do_not_grow_with_branches(ranks, k, launches, monkeypatch):
+    """Three forward and six backward, whatever the ranks, sums split over programs or not."""
+    splits = []
+
+    def start(kernel, grid, *args, **options):
+        splits.append((kernel.__name__, options.get("SPLIT")))
+        kernel[grid](*args, **options)
+
+    few = dataclasses.replace(launch_for(torch.empty(0)), programs=64, start=start)
+    monkeypatch.setattr(fused, "launch_for", lambda x: few)
+    x = torch.randn(8, k, requires_grad=True)
+    sites = [Site(torch.randn(24, k)) for _ in ranks]
+    branches = [
+        Branch(i, *(torch.randn(*size, requires_grad=True) for size in ((r, k), (24, r))))
+        for i, r in enumerate(ranks)
+    ]
+    outputs = group_linear(x, sites, branches, implementation="triton")
+    forward = dict(launches)
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    assert forward == {"pack_kernel": 1, "shrink_kernel": 1, "expand_kernel": 1}
+    assert dict(splits)["expand_kernel"] == (k == 320)
+    assert launches - Counter(forward) == {
+        "pack_kernel": 1, "dy_kernel": 1, "reduce_kernel": 2, "dx_kernel": 1, "da_kernel": 1
+    }  # fmt: skip

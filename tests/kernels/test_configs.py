@@ -1,9 +1,15 @@
 """The shipped tiles: complete, well formed, and chosen by block, circumstance and GPU."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from heterolora.kernels.configs import KERNELS, Launch, Tile, launch_for, odd, shipped
+from heterolora.kernels import configs
+from heterolora.kernels.chips import CHIPS
+from heterolora.kernels.configs import KERNELS, Launch, Tile, launch_for, odd
+from heterolora.kernels.measured import MeasuredTile
+from heterolora.kernels.tile_tables import alternatives, shipped
 
 GPUS = [
     (8, 0),
@@ -71,3 +77,82 @@ def test_the_interpreter_gets_small_tiles():
     launch = launch_for(torch.empty(4, 4))
     assert launch.tile("expand", 64, odd=True) == launch.tile("dy", 16)
     assert not launch.tma
+
+
+@pytest.mark.parametrize("capability", GPUS)
+def test_alternatives_begin_with_the_shipped_tile(capability):
+    tiles = shipped(capability, 2)
+    found = alternatives(capability, 2)
+    assert set(found) == {"expand", "expand_tma", "dx"}
+    for kernel, choices in found.items():
+        assert choices[0] == tiles[kernel]
+        assert len(set(choices)) == len(choices) >= 3
+        assert all(tile.m * tile.n <= choices[0].m * choices[0].n for tile in choices)
+    assert alternatives(capability, 4) == alternatives(capability, 2, hip=True) == {}
+
+
+H100 = Launch(
+    shipped((9, 0), 2), programs=132, alternatives=alternatives((9, 0), 2), chip=CHIPS["H100"]
+)
+SMALL = {"m": 200, "ns": (1024, 1024), "k": 1024}
+
+
+def measured(kernel="expand", block_r=16, m=256, n=2048, k=1024, tile=None, seconds=1.0):
+    return MeasuredTile(kernel, 2, block_r, m, n, k, tile or Tile(32, 64, 64), seconds)
+
+
+def test_shapes_choose_among_the_alternatives():
+    first, *less = H100.alternatives["expand"]
+    assert H100.tile("expand", 16) == first == H100.tile("expand", 16, m=8192, ns=(4096,), k=4096)
+    assert H100.tile("expand", 16, **SMALL) in less
+    assert H100.tile("dx", 64, **SMALL) in H100.alternatives["dx"][1:]
+    # What is bound by registers, has no base matmul or no alternatives gets the shipped tile.
+    assert H100.tile("dx", 16, dropout=True, **SMALL) == H100.tiles["dx dropout"]
+    assert H100.tile("expand", 16, odd=True, **SMALL) == H100.tiles["expand odd"]
+    for off in ({"k": 0}, {"m": 0}, {"ns": ()}, {"ns": (0,)}):
+        assert H100.tile("expand", 16, **{**SMALL, **off}) == first
+    assert H100.tile("shrink", 16, **SMALL) == H100.tiles["shrink"]
+    for field in ({"alternatives": {}}, {"chip": None}):
+        assert dataclasses.replace(H100, **field).tile("expand", 16, **SMALL) == first
+
+
+def test_a_choice_is_made_once_for_all_batches_of_a_size(monkeypatch):
+    asked = []
+
+    def choose(kernel, tiles, block_r, m, *rest):
+        asked.append(m)
+        return tiles[m == 256]
+
+    monkeypatch.setattr(configs, "choose", choose)
+    launch = dataclasses.replace(H100)
+    tiles = [launch.tile("expand", 16, **{**SMALL, "m": m}) for m in (129, 200, 256, 257, 512)]
+    assert tiles == [launch.alternatives["expand"][1]] * 3 + [launch.alternatives["expand"][0]] * 2
+    assert asked == [256, 512]
+
+
+def test_a_measured_tile_goes_first():
+    far, near = Tile(16, 64, 64), Tile(32, 64, 64)
+    entries = (
+        measured(m=512, tile=far),
+        measured(m=256, n=2048, tile=near),
+        measured(kernel="dx", tile=far),
+        measured(block_r=64, tile=far),
+    )
+    launch = dataclasses.replace(H100, measured=entries)
+    assert launch.tile("expand", 16, **SMALL) == near
+    assert launch.tile("expand", 16, **{**SMALL, "m": 1024}) == far
+    # One size beyond a factor of two is another shape.
+    for off in ({"m": 1025}, {"k": 2064}, {"k": 496}, {"ns": (2048, 2064)}):
+        found = launch.tile("expand", 16, **{**SMALL, **off})
+        assert found in H100.alternatives["expand"], off
+    assert launch.tile("expand", 32, **SMALL) in H100.alternatives["expand"]
+    assert launch.tile("expand", 16, odd=True, **SMALL) == H100.tiles["expand odd"]
+
+
+def test_a_forced_tile_is_taken():
+    """As the tuner forces one, on a launch that has chosen already."""
+    H100.tile("expand", 16, **SMALL)
+    tile = Tile(16, 16, 16)
+    forced = dataclasses.replace(H100, tiles={"expand": tile}, alternatives={}, measured=())
+    assert forced.tile("expand", 16, **SMALL) == tile
+    assert forced != H100 == dataclasses.replace(H100)

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from heterolora.kernels import aten, cost, spec
-from heterolora.kernels.cost import STEPS, LowRank, Problem, estimate, fastest
+from heterolora.kernels.cost import CALL, STEPS, LowRank, Problem, estimate
 from heterolora.kernels.cost_steps import MASK_BYTES, MASK_LAUNCHES
 from heterolora.kernels.devices import PEAKS, Device, device_for
+from heterolora.kernels.dispatch import decide
 from heterolora.kernels.layout import group_layout
 
 H100 = device_for("NVIDIA H100 80GB HBM3")
@@ -57,8 +58,7 @@ def test_triton_by_hand():
     assert [(step.name, step.read, step.written) for step in forward] == [
         ("pack A, B", *pack),
         ("shrink", (256 * 512 + 16 * 512) * 2, parts_s),
-        ("sum of S", parts_s, s),
-        ("expand", (256 * 512 + 512 * 256 + 256 * 16 + 16 * 256) * 2, 256 * 256 * 2),
+        ("expand", (256 * 512 + 512 * 256 + 256 * 16 + 16 * 256) * 2 + parts_s, 256 * 256 * 2),
     ]
     parts_ds, parts_db, parts_da = 256 * 16 * 4, 4 * 256 * 16 * 4, 4 * 512 * 16 * 4
     assert [(step.name, step.read, step.written) for step in backward] == [
@@ -258,7 +258,7 @@ def test_without_input_gradient_no_step_computes_one():
 
 
 def test_time_is_the_larger_of_bytes_and_flops_and_a_gap_for_each_launch():
-    device = Device.measured("unit", flops=100.0, bandwidth=10.0, gap=0.5, host=0.0)
+    device = Device.measured("unit", flops=100.0, bandwidth=10.0, gap=0.5, host=0.0, call=0.0)
     problem = Problem(2, (3,), (5,), (), 2)
     half = estimate(problem, device)["base"].forward
     moved, flops = 2 * (6 + 15 + 10), 2 * 2 * 3 * 5
@@ -281,24 +281,51 @@ def test_float32_products_are_held_against_the_float32_ceiling():
     assert more[1] - more[0] == pytest.approx(low_rank - low_rank / 100, rel=1e-3)
 
 
+def test_python_is_hidden_by_a_device_that_is_busy_and_added_to_a_cpus_time():
+    problem = single(2, 3, 5)
+    free = Device.measured("free", flops=1e30, bandwidth=1e30, gap=0.0, host=1e-9, call=3.0)
+    first, _ = CALL["peft"]
+    calls = 3 * first[0]
+    launched = estimate(problem, free)["peft"].forward
+    assert launched.seconds == pytest.approx(calls + launched.launches * 1e-9)
+    busy = dataclasses.replace(free, gap=1.0)
+    assert estimate(problem, busy)["peft"].forward.seconds == launched.launches
+    cpu = dataclasses.replace(busy, host=0.0)
+    assert estimate(problem, cpu)["peft"].forward.seconds == launched.launches + calls
+    assert estimate(problem, busy.captured())["peft"].forward.seconds == launched.launches
+    three = Problem(2, (3,), (5,) * 3, tuple(LowRank(2, i) for i in range(3)))
+    once, more = CALL["aten"]
+    found = estimate(three, free)["aten"].backward
+    assert found.host_seconds == pytest.approx(3 * (once[1] + 2 * more[1]) + found.launches * 1e-9)
+
+
+def fastest(problem, device, among=("aten", "triton")):
+    return decide(problem, device, None, among).path
+
+
 def test_fastest_takes_either():
-    wide, narrow = single(8192, 8192, 8192), single(8192, 2048, 2048)
+    wide, narrow = single(8192, 8192, 8192), single(16384, 1024, 1024)
+    graph = H100.captured()
     for problem, expected in ((wide, "aten"), (narrow, "triton")):
-        found = estimate(problem, H100)
-        assert fastest(problem, H100) == expected
+        found = estimate(problem, graph)
+        assert fastest(problem, graph) == expected
         assert min(found["aten"].seconds, found["triton"].seconds) == found[expected].seconds
-    even = dataclasses.replace(H100, triton_matmul=1.0)
+    even = dataclasses.replace(graph, triton_matmul=1.0)
     assert fastest(wide, even) == "triton"
+    # Launched one by one, so short a product waits for the host.
+    assert fastest(narrow, H100) == "aten"
 
 
 def test_where_launches_decide_fewer_win():
     problem = Problem(16, (64,), (64,) * 3, tuple(LowRank(8, i) for i in range(3)))
     found = estimate(problem, H100)
     assert found["triton"].forward.bound == found["aten"].forward.bound == "launches"
+    assert found["triton"].launches == 3 + 6
     assert found["triton"].launches < min(found["aten"].launches, found["peft"].launches)
-    assert fastest(problem, H100) == "triton"
+    assert fastest(problem, H100.captured()) == "triton"
+    assert fastest(problem, H100, ("peft", "aten", "triton")) == "peft"
     # Memory and arithmetic for nothing: what is left is the launches.
-    free = Device.measured("free", flops=1e30, bandwidth=1e30, gap=1.0, host=0.0)
+    free = Device.measured("free", flops=1e30, bandwidth=1e30, gap=1.0, host=0.0, call=0.0)
     for name, item in estimate(problem, free).items():
         assert item.seconds == pytest.approx(found[name].launches)
 

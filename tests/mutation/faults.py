@@ -121,6 +121,18 @@ FAULTS = [
         "for i in tl.static_range(1, len(items) - 1):",
     ),
     Fault(
+        "expand: the last part of a split S left out",
+        "expand.py",
+        "for part in range(splits):",
+        "for part in range(splits - 1):",
+    ),
+    Fault(
+        "expand: a split S kept by tiles that are not the site's first",
+        "expand.py",
+        "mask=in_rows & (block_n == 0))",
+        "mask=in_rows & (block_n == 1))",
+    ),
+    Fault(
         "expand: only the first block of ranks",
         "expand.py",
         "for first in range(0, width, BLOCK_R):",
@@ -129,8 +141,8 @@ FAULTS = [
     Fault(
         "expand: rows of S at the site's width apart",
         "expand.py",
-        "s_rows = s + row_in[:, None] * columns + pick(starts, site)",
-        "s_rows = s + row_in[:, None] * width + pick(starts, site)",
+        "s_place = row_in[:, None] * columns + pick(starts, site)",
+        "s_place = row_in[:, None] * width + pick(starts, site)",
     ),
     Fault(
         "expand: a bias for sites without",
