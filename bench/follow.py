@@ -2,25 +2,38 @@
 
 import math
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from heterolora.bench.parity import FP32_LIMIT, LOW_PRECISION_FACTOR, Parity, verdict
-from heterolora.bench.reviews import TrainingLoad
+from heterolora.bench.steps import Workload
 from heterolora.bench.training import ARMS, Plan, Run, through_op, train_arm
 
 __all__ = ["gate_load", "losses_follow"]
+
+AnyLoad = TypeVar("AnyLoad", bound=Workload)
 
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 # Rows times length of the batch whose gradients the gate compares, in float64 too.
 _GATE_TOKENS = 1024
 
 
-def gate_load(load: TrainingLoad) -> TrainingLoad:
-    """`load` with as many rows as a gate in float64 can take."""
-    length = load.inputs["input_ids"].shape[1]
+def gate_load(load: AnyLoad) -> AnyLoad:
+    """`load` with as many rows of its batch as a gate in float64 can take: there attention keeps
+    every score. Only of models that are called with tokens."""
+    if "input_ids" not in load.inputs:
+        return load
+    batch, length = load.inputs["input_ids"].shape
     rows = max(1, _GATE_TOKENS // length)
-    return replace(load, inputs={name: value[:rows] for name, value in load.inputs.items()})
+    if rows >= batch:
+        return load
+    return replace(
+        load,
+        inputs={name: value[:rows] for name, value in load.inputs.items()},
+        floor_inputs={name: value[:rows] for name, value in load.floor_inputs.items()},
+        tokens=load.tokens * rows // batch,
+    )
 
 
 def losses_follow(plan: Plan, gradients: Parity) -> Parity:
@@ -70,7 +83,7 @@ def _deviation(plan: Plan, fused: Run) -> tuple[str, float, float]:
     return rule, LOW_PRECISION_FACTOR, ours / max(own, torch.finfo(theirs.loss_dtype).eps)
 
 
-def _base_dtype(load: TrainingLoad) -> torch.dtype:
+def _base_dtype(load: Workload) -> torch.dtype:
     return next(load.model.parameters()).dtype
 
 

@@ -113,11 +113,14 @@ def run_case(
     load = case.build(case.torch_dtype, device)
     ranks = case.ranks_of(load.targets)
     names, skipped = variants(case, load, ranks, device, compiled=compiled)
-    parity, steps = gate(case, load, ranks, names)
+    judged = follow.gate_load(load) if case.kind == "model" else load
+    parity, steps = gate(case, judged, ranks, names)
     if "aten" in steps and "aten" not in names:
         # On a CPU it is what is fused, unless the dispatch left some of it to PEFT.
         names.append("aten")
         skipped.pop("aten", None)
+    if judged.tokens < load.tokens:
+        steps = {"fused": build(case, "fused", load, ranks)}
     result = partial(_result, case, load, ranks, parity, steps["fused"], skipped=skipped)
     if not parity.green:
         return result()

@@ -166,6 +166,7 @@ def _train(args: argparse.Namespace) -> int:
             "tokens_per_second": result.tokens_per_second,
             "fused": report.fused if report else {},
             "left": report.left if report else {},
+            "why": report.why if report else {},
             "declined": report.declined if report else {},
             "cuda_graph": result.cuda_graph,
             "log_history": result.log_history,

@@ -45,6 +45,16 @@ class FuseReport:
     why: dict[str, str] = field(default_factory=dict)
     advice: str = ""
 
+    def table(self) -> str:
+        """One line a layer: its name, the path it runs on, and why."""
+        rows = [
+            *((name, path, self.why.get(name, "")) for name, path in self.fused.items()),
+            *((name, "peft", why) for name, why in self.left.items()),
+            *((name, "peft", f"declined: {why}") for name, why in self.declined.items()),
+        ]
+        width = max((len(name) for name, _, _ in rows), default=0)
+        return "\n".join(f"{name:<{width}}  {path}  {why}".rstrip() for name, path, why in rows)
+
     def __str__(self) -> str:
         lines = [
             f"{len(self.fused)} LoRA layers fused, {len(self.declined)} declined, "

@@ -48,11 +48,12 @@ class TrainingInterrupted(KeyboardInterrupt):
 class FuseCallback(TrainerCallback):
     """Fuses the model when training begins and unfuses it when training ends.
 
-    The groups of layers are found with two rows of the training set before the first step, so that
-    every step runs the same way and a resumed run repeats an uninterrupted one. No random state is
-    used up. A training set without length (a stream) is not touched; groups are then found in the
-    first step. Under `torch.nn.DataParallel`, which Trainer takes for several GPUs in one process,
-    nothing is fused, and the log says so: its copies of a layer cannot be told apart.
+    The groups of layers are found with one batch of rows of the training set before the first step,
+    so that every step runs the same way, a resumed run repeats an uninterrupted one, and the report
+    is of the size that is trained. No random state is used up. A training set without length (a
+    stream) is not touched; groups are then found in the first step. Under `torch.nn.DataParallel`,
+    which Trainer takes for several GPUs in one process, nothing is fused, and the log says so: its
+    copies of a layer cannot be told apart.
 
     Args:
         strict, backend, captured: as of :func:`heterolora.fuse`.
@@ -89,7 +90,8 @@ class FuseCallback(TrainerCallback):
             return
         unwrapped = _unwrapped(model)
         with _random_state_kept():
-            example = _example(train_dataloader, next(unwrapped.parameters()).device)
+            device, count = next(unwrapped.parameters()).device, args.per_device_train_batch_size
+            example = _example(train_dataloader, device, count)
             self.report = fuse(
                 unwrapped,
                 strict=self.strict,
@@ -339,11 +341,12 @@ def _random_state_kept() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _example(dataloader: Any, device: torch.device) -> dict[str, Any] | None:
+def _example(dataloader: Any, device: torch.device, count: int) -> dict[str, Any] | None:
+    """The first rows of the training set as a batch, or None where it has no length."""
     dataset: Any = getattr(dataloader, "dataset", None)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
         return None
-    rows = [dataset[index] for index in range(min(2, len(dataset)))]
+    rows = [dataset[index] for index in range(min(count, len(dataset)))]
     batch = dataloader.collate_fn(rows)
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value

@@ -84,9 +84,8 @@ class Launch:
         For shapes that are given, and none of `odd`, `dropout` and `few`: of the tiles measured
         with each of m, n and k within a factor of two, that of the nearest shapes; else the
         alternative with the least simulated time; else, as without shapes, the shipped one. The
-        choice depends on
-        shapes alone, with m rounded up to a power of two: a batch of another length compiles
-        nothing, and a recomputed pass repeats the first one to the bit.
+        choice depends on shapes alone, with m rounded up to a power of two: a batch of another
+        length compiles nothing, and a recomputed pass repeats the first one to the bit.
 
         Args:
             kernel: one of `KERNELS`.

@@ -237,5 +237,9 @@ def test_a_gpu_cannot_be_passed_by(monkeypatch):
 
 def test_the_gates_batch_fits_in_float64(load):
     assert follow.gate_load(load).inputs["input_ids"].shape == (4, 16)
-    long = dataclasses.replace(load, inputs={"input_ids": torch.ones(8, 1024)})
-    assert follow.gate_load(long).inputs["input_ids"].shape == (1, 1024)
+    ids = torch.ones(8, 1024)
+    long = dataclasses.replace(load, inputs={"input_ids": ids}, tokens=8192)
+    cut = follow.gate_load(long)
+    assert cut.inputs["input_ids"].shape == (1, 1024) and cut.tokens == 1024
+    hidden = dataclasses.replace(load, inputs={"hidden_states": torch.ones(8192, 16)})
+    assert follow.gate_load(hidden) is hidden

@@ -108,6 +108,18 @@ def test_the_report_is_of_the_examples_size(by_rows):
     assert set(report.why.values()) == {"by 8192 rows"}
 
 
+def test_the_table_has_a_line_for_each_layer(by_rows):
+    model = adapted()
+    model.get_base_model().right.lora_dropout["default"] = nn.Dropout(0.5)
+    lines = heterolora.fuse(model).table().splitlines()
+    assert lines == [
+        "left   aten  by 8192 rows",
+        "right  peft  declined: active dropout (p=0.5)",
+    ]
+    report = heterolora.fuse(adapted(), example={"x": torch.randn(2, 16)})
+    assert report.table() == "left   peft  by 2 rows\nright  peft  by 2 rows"
+
+
 def test_strict_is_about_what_cannot_be_fused(by_rows):
     model = adapted()
     report = heterolora.fuse(model, strict=True, example={"x": torch.randn(2, 16)})
