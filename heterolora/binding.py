@@ -58,7 +58,7 @@ class Member:
             self.fusion.record(self, x)
         if not compiling and self.fusion.scorer is not None:
             self.fusion.scorer.called(self.name)
-        elif self.left and not compiling and (x.shape, x.dtype) in self.left:
+        elif not compiling and self.left and (x.shape, x.dtype) in self.left:
             return type(self.layer).forward(self.layer, x, *args, **kwargs)
         group = self.group if self.group is not None and self.group.window_open else None
         reason = call_reason(args, kwargs)

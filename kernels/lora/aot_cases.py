@@ -87,6 +87,8 @@ FEATURES = (
     Case("tma transposed", (16,), _ONE, transposed=True, tma=True, backward=False),
     Case("added", (16, 16, 16), base=False),
     Case("few mixed", (4, 24, 160), m=64, bias=True, backward=False),
+    Case("few added", (16, 16, 16), m=64, base=False, backward=False),
+    Case("few odd", (16,), (4097,), m=63, k=4095, backward=False),
     Case("only dB", (16,), _ONE, needs=("b",)),
     Case("index64", (16,), _ONE, index64=True),
     Case("odd r16", (16, 16, 16), (4097, 1023, 1023), m=8191, k=4095),
