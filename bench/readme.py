@@ -71,7 +71,7 @@ def _block(name: str, runs: Sequence[BenchRun]) -> str:
 
 
 def _headline(device: str, runs: Sequence[BenchRun]) -> str:
-    """Ranges over whole models and over the linears of one, and peak memory."""
+    """Ranges over whole models and over the linears of one, training runs, and peak memory."""
     sentences, chosen = [], []
     for part, start, frozen in (
         ("model", "A fused training step of a whole model takes", "model's"),
@@ -90,6 +90,11 @@ def _headline(device: str, runs: Sequence[BenchRun]) -> str:
     sentences.append(
         "Only with a faster base matmul than torch's own can LoRA take less than the frozen model."
     )
+    trained = [r for _, r in only(runs, "train") if ratios([r], "fused", BASELINE)]
+    if trained:
+        whose = "of that of PEFT with uniform ranks and as many parameters"
+        takes = _times(trained, BASELINE, whose)
+        sentences.append(f"In whole training runs with searched ranks a step takes {takes}.")
     memory = {dtype: _peaks(r for r in chosen if r.dtype == dtype) for dtype in DTYPES}
     if any(memory.values()):
         sentences.append("Peak memory is " + _by_dtype(memory, "of PEFT's") + ".")
