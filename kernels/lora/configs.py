@@ -118,7 +118,7 @@ class Launch:
         if dropout:
             names = [f"{kernel} dropout", *names]
         if odd:
-            names = [f"{kernel} odd", *names]
+            names = [*([f"{kernel} odd few"] if few else []), f"{kernel} odd", *names]
         return self.tiles[next((name for name in names if name in self.tiles), kernel)]
 
     def _choose(self, kernel: str, block_r: int, m: int, ns: tuple[int, ...], k: int) -> Tile:

@@ -47,6 +47,7 @@ _LARGE = {  # 163 KiB of shared memory for a block
     "expand_tma": Tile(128, 128, 64, stages=4),
     "expand few": Tile(64, 64, 64, stages=4),
     "expand odd": Tile(64, 64, 32, stages=2),
+    "expand odd few": Tile(32, 64, 32, stages=2),
     "dx": Tile(128, 128, 64, stages=4),
     "dx dropout": Tile(128, 64, 64, stages=4),
     "dx odd": Tile(64, 64, 32, warps=4, stages=2),
