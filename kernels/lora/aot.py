@@ -265,7 +265,7 @@ class _Compiler:
                 ieee=self.job.dtype == torch.float32 and self.job.precision == "ieee",
                 wide=self.job.dtype.itemsize > 2,
                 few=self.case.few,
-                aligned=self.case.aligned,
+                aligned=self.case.pipelined,
                 stack=self.job.stack,
             )
             mix = None

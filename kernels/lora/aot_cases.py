@@ -67,6 +67,12 @@ class Case:
         """Whether every row begins at a multiple of 16 elements, as the compiler needs to know."""
         return all(size % 16 == 0 for size in (self.k, *self.ns))
 
+    @property
+    def pipelined(self) -> bool:
+        """Whether rows are aligned, and there is a loop to pipeline: adding up the parts of S is a
+        loop inside the only other one."""
+        return self.aligned and (self.base or not self.few)
+
 
 _ONE = (4096,)
 # Every kernel at every block of S's columns: with one site all kernels see the same block, except
