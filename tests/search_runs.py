@@ -55,7 +55,7 @@ def make_trainer(model: Any, out: Path, callbacks: list[Any], **options: Any) ->
     kind = options.pop("kind", Trainer)
     settings = {
         "output_dir": str(out),
-        "num_train_epochs": 3,
+        "num_train_epochs": 2,
         "per_device_train_batch_size": BATCH,
         "learning_rate": 3e-2,
         "weight_decay": 0.1,

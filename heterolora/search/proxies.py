@@ -255,20 +255,33 @@ def _scores(
         fused(model) as fusion,
     ):
         for index, (batch, last) in enumerate(with_last(batches)):
-            measuring = last and reduce is None
-            fusion.scorer = scorer if measuring else None
-            loss = batch_loss(model, batch, index)
-            scorer.backward(loss) if measuring else loss.backward()
             count += 1
+            if reduce is not None:
+                _add_gradients(factors, batch_loss(model, batch, index))
+                continue
+            fusion.scorer = scorer if last else None
+            loss = batch_loss(model, batch, index)
+            scorer.backward(loss) if last else loss.backward()
         if count == 0:
             raise DataError("no batches to score with: the iterable is empty")
         if reduce is not None:
-            leaves = [factor for pair in factors.values() for factor in pair]
-            for leaf in leaves:
-                # Which layers a loss reaches may differ between processes.
-                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            reduce([leaf.grad for leaf in leaves if leaf.grad is not None])
+            reduce([f.grad for pair in factors.values() for f in pair if f.grad is not None])
         return scorer.scores()
+
+
+def _add_gradients(
+    factors: Mapping[str, tuple[nn.Parameter, nn.Parameter]], loss: torch.Tensor
+) -> None:
+    """As `backward`, for the factors alone, and behind the back of DistributedDataParallel.
+
+    Its hooks would take a layer for used in the step to come, which may then be switched off.
+    """
+    leaves = [factor for pair in factors.values() for factor in pair]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        # Which layers a loss reaches may differ between processes.
+        found = torch.zeros_like(leaf) if gradient is None else gradient
+        leaf.grad = found if leaf.grad is None else leaf.grad + found
 
 
 def _saliency(scores: dict[str, BranchScore]) -> dict[str, float]:

@@ -98,7 +98,7 @@ def agreed_scores(proxy: Proxy, model: nn.Module, batches: Iterable[Batch]) -> d
         ScoreError: another process failed; it says why.
         HeteroLoraError: as the proxy.
     """
-    if _place()[1] == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return proxy(model, batches)
     device = model_device(model)
     asked = False

@@ -34,6 +34,10 @@ def dynamic_reason(args: TrainingArguments, model: Any) -> str | None:
             return "ddp_find_unused_parameters=False, as DDP waits for switched-off modules: set it"
         if getattr(args, "ddp_static_graph", None):
             return "ddp_static_graph, as what is used changes: leave it out"
+        new = getattr(args, "activation_checkpointing_kwargs", None)
+        old = getattr(args, "gradient_checkpointing_kwargs", None)
+        if (new or old or {}).get("use_reentrant"):
+            return "reentrant checkpointing with DDP: set use_reentrant=False"
     elif args.parallel_mode is not ParallelMode.NOT_PARALLEL:
         return f"parallel mode {args.parallel_mode.value}: use DDP"
     return None

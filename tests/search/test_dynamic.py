@@ -39,9 +39,9 @@ def test_when_it_ranks(tmp_path):
     trace = Trace(search)
     run(tmp_path, search, more=[trace], learning_rate=0.1)
     # Ten steps an epoch; two fifths of them are four.
-    steps = [0, 4, 8, 10, 14, 18, 20, 24, 28]
+    steps = [0, 4, 8, 10, 14, 18]
     assert [ranking.step for ranking in search.rankings] == steps
-    assert len(trace.ranks) == 30
+    assert len(trace.ranks) == 20
     last = {}
     for step, ranks in trace.ranks.items():
         if step in steps:
@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, options, fused, rate, 
     found, second = run(tmp_path / "parts", rest, resume=str(checkpoint), **more)
     assert [r.step for r in cut.rankings + rest.rankings] == [r.step for r in whole.rankings]
     assert cut.rankings + rest.rankings == whole.rankings
-    assert len({tuple(r.ranks.values()) for r in whole.rankings}) > 2
+    assert len({tuple(r.ranks.values()) for r in whole.rankings}) > 1
     if "ranks" in options:
         assert any(0 < rank < R for rank in cut.ranks.values())
     assert rest.counts == whole.counts and rest.ranks == whole.ranks
@@ -160,7 +160,7 @@ def test_warm_ups(tmp_path):
         run(tmp_path, search, more=[trace])
         return search, trace.ranks
 
-    late = [15, 18, 20, 24, 28]
+    late = [15, 18]
     search, ranks = made()
     assert [ranking.step for ranking in search.rankings] == late
     assert all(set(ranks[step].values()) == {R} for step in range(15))
@@ -170,7 +170,7 @@ def test_warm_ups(tmp_path):
     assert all(set(ranks[step].values()) == {R // 2} for step in range(15))
     search, _ = made(warmup="constant")
     assert [r.step for r in search.rankings] == [0, 4, 8, 10, 14, *late]
-    assert [r.proxy for r in search.rankings] == ["constant"] * 5 + ["grad-norm"] * 5
+    assert [r.proxy for r in search.rankings] == ["constant"] * 5 + ["grad-norm"] * 2
     assert len({tuple(r.ranks.values()) for r in search.rankings[:5]}) > 1
 
 
@@ -206,8 +206,8 @@ def test_checkpoints_load_in_stock_peft(tmp_path):
         learning_rate=0.1,
     )
     best = Path(trainer.state.best_model_checkpoint)
-    last = {r.step: r for r in search.rankings}[25]
-    assert int(best.name.split("-")[1]) <= 24 and search.ranks != last.ranks
+    last = {r.step: r for r in search.rankings}[15]
+    assert int(best.name.split("-")[1]) <= 14 and search.ranks != last.ranks
     batch = {k: torch.stack([Rows()[i][k] for i in range(8)]) for k in ("input_ids", "labels")}
     model.eval()
     logits = model(**batch).logits
