@@ -165,8 +165,12 @@ def test_a_masked_model_trains_like_one_of_these_ranks(name, fused):
 def test_a_layer_that_is_off_is_its_base_layer_alone(caplog):
     model, masks, ranks = masked()
     off = next(name for name, rank in ranks.items() if rank == 0)
+    masks.layers[off].lora_A["default"].weight.requires_grad_(False)
     masks.apply(ranks)
     layer = masks.layers[off]
+    # It belongs to the optimizer and to DDP all the same, and what is frozen stays so.
+    trained = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    assert [p.requires_grad for p in trained] == [False, True]
     x = torch.randn(2, 3, layer.in_features)
     assert rank_in_use(layer) == 0
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -177,6 +181,7 @@ def test_a_layer_that_is_off_is_its_base_layer_alone(caplog):
         assert torch.equal(layer(x), layer.base_layer(x))
     assert ops.forward == 0 and not caplog.records
     masks.lift()
+    assert [p.requires_grad for p in trained] == [False, True]
     with CountOps() as ops:
         layer(x)
     assert ops.forward == 1
