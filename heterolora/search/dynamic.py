@@ -188,7 +188,7 @@ class DynamicSearchCallback(TrainerCallback):
             raise TrainingError(f"no dynamic search under {reason}")
         resumed = state.global_step > 0
         if self.masks is not None and self._model is model and not resumed:
-            self.masks.lift()
+            self.masks.lift(kwargs.get("optimizer"))
         elif parked_count(model) and not resumed:
             raise ModelError(
                 "parts of the model's adapter are switched off by an earlier search; call "

@@ -10,6 +10,8 @@ from transformers.training_args import ParallelMode
 
 __all__ = ["dynamic_reason", "length", "unwrapped"]
 
+_SHARDED = {"DTensor", "FlatParameter", "FullyShardedDataParallel"}
+
 
 def dynamic_reason(args: TrainingArguments, model: Any) -> str | None:
     """The setting under which this cannot be right, and what to do, or None."""
@@ -19,7 +21,7 @@ def dynamic_reason(args: TrainingArguments, model: Any) -> str | None:
         return "DeepSpeed, which owns the parameters and the optimizer's state: use DDP"
     kinds = {type(part).__name__ for part in (*model.modules(), *model.parameters())}
     kinds |= {type(p.data).__name__ for p in model.parameters()}
-    if getattr(args, "fsdp", None) or kinds & {"DTensor", "FlatParameter"}:
+    if getattr(args, "fsdp", None) or kinds & _SHARDED:
         return "FSDP or tensor parallelism, which shard the parameters: use DDP"
     compiled = any(m._compiled_call_impl is not None for m in model.modules())
     if args.torch_compile or compiled or "OptimizedModule" in kinds:
