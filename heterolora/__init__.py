@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from heterolora import errors, kernels
     from heterolora.io import load_adapter, save_adapter
     from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
+    from heterolora.search.dynamic import DynamicSearchCallback
     from heterolora.trainers import GraphedTrainer
     from heterolora.training import FuseCallback
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Allocation",
     "Budget",
+    "DynamicSearchCallback",
     "FuseCallback",
     "FuseReport",
     "GraphedTrainer",
@@ -40,6 +42,7 @@ __all__ = [
 _HOME = {
     "Allocation": "search",
     "Budget": "search",
+    "DynamicSearchCallback": "search.dynamic",
     "FuseCallback": "training",
     "GraphedTrainer": "trainers",
     "SearchSpace": "search",

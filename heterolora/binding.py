@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from heterolora.decline import (
+    SWITCHED_OFF,
     active_adapter,
     call_reason,
     dense_weight,
@@ -26,6 +27,7 @@ from heterolora.decline import (
 )
 from heterolora.kernels import Branch, Site, group_linear, low_rank_add
 from heterolora.kernels.dispatch import Choice, quickest
+from heterolora.masks import rank_in_use
 from heterolora.own_base import observed, output_reason, run_base
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ class Member:
                 return y
             # Nothing speaks against a layer that was left to PEFT for its speed.
             reason = self.unfit
-        if not compiling and reason is not None:
+        if not compiling and reason is not None and reason != SWITCHED_OFF:
             self.fusion.warn_once(reason)
         return type(self.layer).forward(self.layer, x, *args, **kwargs)
 
@@ -339,7 +341,9 @@ def _branches(members: list[Member]) -> list[Branch]:
     for index, member in enumerate(members):
         layer = member.layer
         name = active_adapter(layer)
-        factors = layer.lora_A[name].weight, layer.lora_B[name].weight
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        rank = rank_in_use(layer)
+        factors = (a, b) if rank is None else (a[:rank], b[:, :rank])
         p = dropout_probability(layer, name)
         branches.append(Branch(index, *factors, layer.scaling[name], dropout=p))
     return branches

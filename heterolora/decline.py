@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from heterolora.kernels.dispatch import triton_reason
+from heterolora.masks import rank_in_use
 from heterolora.own_base import adds_low_rank
 
 __all__ = [
+    "SWITCHED_OFF",
     "active_adapter",
     "call_reason",
     "dense_weight",
@@ -27,6 +29,9 @@ __all__ = [
     "layer_reason",
     "nesting_reason",
 ]
+
+# Not a shortcoming: a search wants it so, and PEFT's forward is then the base layer's.
+SWITCHED_OFF = "switched off by a search"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (nn.Parameter, Tensor)
@@ -49,7 +54,7 @@ def layer_reason(layer: Any, backend: str = "auto") -> str | None:
         return "adapter merged into the base weight"
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if not active:
-        return "no active adapter"
+        return SWITCHED_OFF if rank_in_use(layer) == 0 else "no active adapter"
     if len(active) > 1:
         return f"several active adapters ({', '.join(active)})"
     name = active[0]

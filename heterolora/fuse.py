@@ -110,7 +110,7 @@ def fuse(
     """
     # Here, so that importing heterolora does not import peft and transformers.
     from heterolora.binding import Fusion
-    from heterolora.decline import dense_weight, layer_reason, nesting_reason
+    from heterolora.decline import SWITCHED_OFF, dense_weight, layer_reason, nesting_reason
     from heterolora.kernels.dispatch import advice
     from heterolora.own_base import adds_low_rank
 
@@ -133,9 +133,10 @@ def fuse(
             declined[name] = reason
         else:
             fused[name] = _path(name, layer, backend)
-    if strict and declined:
-        names = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
-        raise FuseError(f"strict=True, but {len(declined)} layers cannot be fused: {names}")
+    unwanted = {name: reason for name, reason in declined.items() if reason != SWITCHED_OFF}
+    if strict and unwanted:
+        names = "; ".join(f"{name}: {reason}" for name, reason in unwanted.items())
+        raise FuseError(f"strict=True, but {len(unwanted)} layers cannot be fused: {names}")
 
     unfuse(model)
     free = {

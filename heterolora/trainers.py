@@ -43,7 +43,8 @@ class GraphedTrainer(Trainer):
     A step runs eagerly, and the log says why once, where a graph cannot be had or would be wrong:
     no CUDA device, several GPUs or processes, weights on several devices, fp16 gradient scaling,
     activation checkpointing (it reads the random state), torch.compile, an optimizer that works
-    during backward, a fifth shape, or a step that reads a tensor on the host.
+    during backward, a callback that changes the model between steps (`DynamicSearchCallback`), a
+    fifth shape, or a step that reads a tensor on the host.
 
     In a replay no Python runs: forward hooks do not, and what Python computes for a step (a
     schedule inside `compute_loss`, say) stays as it was in the captured one. After a change to the
@@ -121,6 +122,8 @@ class GraphedTrainer(Trainer):
     def _begin(self, model: nn.Module) -> None:
         device = self.args.device
         reason = _settings_reason(self.args) or _model_reason(model, device)
+        if any(getattr(c, "changes_model", False) for c in self.callback_handler.callbacks):
+            reason = "a callback changes the model between steps (DynamicSearchCallback)"
         if self._recorder is None:
             reason = _device_reason(device) or reason
         if reason is not None:

@@ -127,6 +127,7 @@ def test_public_names() -> None:
     assert sorted(heterolora.__all__) == [
         "Allocation",
         "Budget",
+        "DynamicSearchCallback",
         "FuseCallback",
         "FuseReport",
         "GraphedTrainer",

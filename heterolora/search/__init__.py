@@ -1,9 +1,34 @@
 """Search: which module deserves which LoRA rank under a parameter budget."""
 
+from typing import TYPE_CHECKING, Any
+
 from heterolora.search.adapt import adapt
 from heterolora.search.allocation import Allocation, allocate, uniform
 from heterolora.search.budget import Budget
+from heterolora.search.export import save_enabled
 from heterolora.search.proxies import PROXIES
 from heterolora.search.space import SearchSpace
 
-__all__ = ["PROXIES", "Allocation", "Budget", "SearchSpace", "adapt", "allocate", "uniform"]
+if TYPE_CHECKING:
+    from heterolora.search.dynamic import DynamicSearchCallback
+
+__all__ = [
+    "PROXIES",
+    "Allocation",
+    "Budget",
+    "DynamicSearchCallback",
+    "SearchSpace",
+    "adapt",
+    "allocate",
+    "save_enabled",
+    "uniform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Transformers takes a second to import, and only this needs its Trainer.
+    if name == "DynamicSearchCallback":
+        from heterolora.search.dynamic import DynamicSearchCallback
+
+        return DynamicSearchCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

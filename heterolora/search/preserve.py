@@ -13,7 +13,7 @@ from torch import nn
 
 from heterolora.errors import ModelError
 
-__all__ = ["preserved", "seeded"]
+__all__ = ["buffers_kept", "preserved", "seeded"]
 
 
 @contextmanager
@@ -33,11 +33,6 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for name, p in model.named_parameters()
         if not _refuse_inference(name, p)
     ]
-    buffers = [
-        (buffer, buffer.detach().clone())
-        for name, buffer in model.named_buffers()
-        if not _refuse_inference(name, buffer)
-    ]
     owners: list[tuple[Any, type]] = []
     seen: set[int] = set()
     for module in list(model.modules()):
@@ -47,21 +42,17 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 seen.add(id(owner))
                 owners.append((owner, type(owner)))
     attributes = [(owner, cls, _copy_attributes(owner.__dict__)) for owner, cls in owners]
-    try:
-        yield
-    finally:
-        for owner, cls, saved in attributes:
-            _restore_attributes(owner.__dict__, saved)
-            if type(owner) is not cls:
-                owner.__class__ = cls
-        with torch.no_grad():
-            # Not by version counter: batch norm writes its statistics without raising it.
-            for buffer, content in buffers:
-                if not _same_bits(buffer, content):
-                    buffer.copy_(content)
-        for _, parameter, requires_grad, gradient, _ in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
+    with buffers_kept(model):
+        try:
+            yield
+        finally:
+            for owner, cls, saved in attributes:
+                _restore_attributes(owner.__dict__, saved)
+                if type(owner) is not cls:
+                    owner.__class__ = cls
+            for _, parameter, requires_grad, gradient, _ in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
     for name, parameter, _, _, version in parameters:
         if parameter._version != version:
             raise ModelError(
@@ -69,6 +60,28 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 "so scoring changed it; make it a buffer or turn that off (for an embedding: "
                 "max_norm=None)"
             )
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the content of every buffer back on exit (batch norm writes to its own in training mode).
+
+    Raises:
+        ModelError: the model was created under `torch.inference_mode`.
+    """
+    buffers = [
+        (buffer, buffer.detach().clone())
+        for name, buffer in model.named_buffers()
+        if not _refuse_inference(name, buffer)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            # Not by version counter: batch norm writes its statistics without raising it.
+            for buffer, content in buffers:
+                if not _same_bits(buffer, content):
+                    buffer.copy_(content)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -12,12 +13,20 @@ import torch
 from torch import nn
 
 from heterolora.errors import DataError, ModelError
-from heterolora.search.proxies import Batch, batch_loss, lora_factors, model_device
+from heterolora.search.proxies import (
+    NEEDS_NONZERO_B,
+    Batch,
+    batch_loss,
+    lora_factors,
+    model_device,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["PROBE_B_STD", "Feed", "attach", "draw_b", "timed_step"]
+__all__ = ["PROBE_B_STD", "Feed", "attach", "draw_b", "nonzero_b", "timed_step"]
+
+logger = logging.getLogger("heterolora")
 
 # SNIP and SynFlow are linear in B near B = 0, so to first order this scale cancels in a ranking.
 PROBE_B_STD = 1e-3
@@ -48,6 +57,23 @@ def draw_b(model: nn.Module, seed: int, std: float = PROBE_B_STD) -> None:
     with torch.no_grad():
         for _, (_, b) in sorted(lora_factors(model).items()):
             b.copy_(torch.randn(b.shape, generator=generator) * std)
+
+
+@contextmanager
+def nonzero_b(model: nn.Module, proxy: str, seed: int) -> Iterator[None]:
+    """`draw_b` for a proxy that is zero where every B is zero, as here; zero again on exit."""
+    factors = [b for _, b in lora_factors(model).values()] if proxy in NEEDS_NONZERO_B else []
+    if not factors or any(bool(b.detach().any()) for b in factors):
+        yield
+        return
+    logger.info("every LoRA B is zero, so %s scores a small random one", proxy)
+    draw_b(model, seed)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b in factors:
+                b.zero_()
 
 
 class Feed:

@@ -5,6 +5,9 @@ labels, and returns {module name in the base model: score}. Gradients are summed
 not averaged, in training mode, as in HeteroLoRA (arXiv 2406.14956 and its official code). Modes and
 `.grad` are put back afterwards; what a training-mode forward itself changes (BatchNorm statistics,
 RNG state) is not: `heterolora.allocate` preserves that too.
+
+With `reduce`, which adds up a list of tensors over processes in place, the sums are over the
+batches of all of them. It is called at most once.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +30,7 @@ __all__ = [
     "PROXIES",
     "Batch",
     "Proxy",
+    "Reduce",
     "batch_loss",
     "constant",
     "grad_norm",
@@ -37,7 +41,16 @@ __all__ = [
 ]
 
 Batch = Mapping[str, Any]
-Proxy = Callable[[nn.Module, Iterable[Batch]], dict[str, float]]
+Reduce = Callable[[list[torch.Tensor]], None]
+
+
+class Proxy(Protocol):
+    """A function of this module that scores."""
+
+    def __call__(
+        self, model: nn.Module, batches: Iterable[Batch], *, reduce: Reduce | None = None
+    ) -> dict[str, float]: ...
+
 
 _FLOAT_INPUTS = ("inputs_embeds", "decoder_inputs_embeds", "pixel_values", "input_features")
 _LABEL_KEYS = ("labels", "label", "label_ids", "start_positions", "end_positions")
@@ -69,12 +82,16 @@ def lora_factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter
     return factors
 
 
-def constant(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+def constant(
+    model: nn.Module, batches: Iterable[Batch], *, reduce: Reduce | None = None
+) -> dict[str, float]:
     """1 for every module, so sizes and the seed decide: the control every other proxy must beat."""
     return dict.fromkeys(lora_factors(model), 1.0)
 
 
-def grad_norm(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+def grad_norm(
+    model: nn.Module, batches: Iterable[Batch], *, reduce: Reduce | None = None
+) -> dict[str, float]:
     """||dL/dA||_F + ||dL/dB||_F. At B = 0 the first term is zero, and the second is not.
 
     Raises:
@@ -82,12 +99,14 @@ def grad_norm(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     """
     squares = {
         name: (score.gram_a.trace(), score.gram_b.trace())
-        for name, score in _scores(model, batches).items()
+        for name, score in _scores(model, batches, reduce).items()
     }
     return {name: math.sqrt(a) + math.sqrt(b) for name, (a, b) in _on_host(squares).items()}
 
 
-def snip(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+def snip(
+    model: nn.Module, batches: Iterable[Batch], *, reduce: Reduce | None = None
+) -> dict[str, float]:
     """sum|A * dL/dA| + sum|B * dL/dB|: the gradient of all-ones masks on A and B.
 
     Raises:
@@ -96,16 +115,19 @@ def snip(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         DataError, ModelError, ScoreError: as `batch_loss`.
     """
     _require_nonzero_b(model, "snip")
-    return _saliency(_scores(model, batches))
+    return _saliency(_scores(model, batches, reduce))
 
 
-def synflow(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+def synflow(
+    model: nn.Module, batches: Iterable[Batch], *, reduce: Reduce | None = None
+) -> dict[str, float]:
     """sum|A * dL/dA| + sum|B * dL/dB| of the loss with all parameters replaced by their absolutes.
 
     `input_ids` becomes all-ones `inputs_embeds` and a floating-point input (`pixel_values`) becomes
     all ones, in the shape of the first batch, whose other entries (mask, labels) are kept; later
-    batches are not used. As in HeteroLoRA, and unlike the original SynFlow, the loss is
-    differentiated, not the summed output. In fp32, on copies: the model's tensors are not touched.
+    batches and `reduce` are not used. As in HeteroLoRA, and unlike the original SynFlow, the loss
+    is differentiated, not the summed output. In fp32, on copies: the model's tensors are not
+    touched.
 
     Raises:
         DegenerateScoreError: every B is zero, where both terms vanish for every module.
@@ -217,9 +239,14 @@ def _check_keys(model: nn.Module, batch: Batch, index: int) -> None:
         )
 
 
-def _scores(model: nn.Module, batches: Iterable[Batch]) -> dict[str, BranchScore]:
-    """Statistics of the summed gradients; those of the last batch are measured, not written."""
-    scorer = Scorer(lora_factors(model))
+def _scores(
+    model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None
+) -> dict[str, BranchScore]:
+    """Statistics of the summed gradients. Those of the last batch are measured, not written, unless
+    other processes' gradients have yet to be added.
+    """
+    factors = lora_factors(model)
+    scorer = Scorer(factors)
     count = 0
     with (
         _training(model),
@@ -228,13 +255,33 @@ def _scores(model: nn.Module, batches: Iterable[Batch]) -> dict[str, BranchScore
         fused(model) as fusion,
     ):
         for index, (batch, last) in enumerate(with_last(batches)):
+            count += 1
+            if reduce is not None:
+                _add_gradients(factors, batch_loss(model, batch, index))
+                continue
             fusion.scorer = scorer if last else None
             loss = batch_loss(model, batch, index)
             scorer.backward(loss) if last else loss.backward()
-            count += 1
         if count == 0:
             raise DataError("no batches to score with: the iterable is empty")
+        if reduce is not None:
+            reduce([f.grad for pair in factors.values() for f in pair if f.grad is not None])
         return scorer.scores()
+
+
+def _add_gradients(
+    factors: Mapping[str, tuple[nn.Parameter, nn.Parameter]], loss: torch.Tensor
+) -> None:
+    """As `backward`, for the factors alone, and behind the back of DistributedDataParallel.
+
+    Its hooks would take a layer for used in the step to come, which may then be switched off.
+    """
+    leaves = [factor for pair in factors.values() for factor in pair]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        # Which layers a loss reaches may differ between processes.
+        found = torch.zeros_like(leaf) if gradient is None else gradient
+        leaf.grad = found if leaf.grad is None else leaf.grad + found
 
 
 def _saliency(scores: dict[str, BranchScore]) -> dict[str, float]:

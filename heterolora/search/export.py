@@ -1,0 +1,97 @@
+"""Write of an adapter only what is in use, for stock PEFT."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from heterolora.errors import AdapterFileError, ModelError
+from heterolora.masks import rank_in_use
+
+__all__ = ["save_enabled"]
+
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def save_enabled(model: Any, folder: str | Path) -> dict[str, int]:
+    """Write the adapter at the ranks in use (after a dynamic search), in PEFT's layout.
+
+    Modules that are switched off are left out, and the others are cut to their rank, alpha_i/r_i
+    being as before. The files need nothing but PEFT to load, and give the same logits. Without a
+    search this writes what `PeftModel.save_pretrained` does.
+
+    Args:
+        model: a `PeftModel` with one LoRA adapter; it is not changed.
+        folder: created if need be.
+
+    Returns:
+        {module name in the base model: rank written}, without the modules left out.
+
+    Raises:
+        ModelError: not such a model, or nothing is in use.
+        AdapterFileError: the folder cannot be written.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import save_file
+
+    if not isinstance(model, PeftModel) or len(model.peft_config) != 1:
+        raise ModelError("save_enabled needs a PeftModel with exactly one adapter")
+    (adapter,) = model.peft_config
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A
+    }
+    ranks: dict[str, int] = {}
+    for name, layer in layers.items():
+        rank = rank_in_use(layer)
+        ranks[name] = layer.lora_A[adapter].weight.shape[0] if rank is None else rank
+    written = {name: rank for name, rank in ranks.items() if rank}
+    if not written:
+        raise ModelError("no LoRA layer of the model is in use, so there is nothing to save")
+
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.r = max(written.values())
+    config.use_rslora = False
+    scales = {name: layers[name].scaling[adapter] for name in written}
+    config.lora_alpha = next(s * config.r for n, s in scales.items() if written[n] == config.r)
+    others = {
+        name: rank
+        for name, rank in written.items()
+        if rank != config.r or scales[name] * config.r != config.lora_alpha
+    }
+    config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in others.items()}
+    config.alpha_pattern = {f"^{re.escape(n)}": scales[n] * rank for n, rank in others.items()}
+    rest = [name for name, _ in model.get_base_model().named_modules() if name not in written]
+    # PEFT takes a list for endings of names, and an expression for whole names.
+    leaks = any(other.endswith(f".{name}") for name in written for other in rest)
+    config.target_modules = "|".join(map(re.escape, written)) if leaks else list(written)
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None)
+
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name, found, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
+        rank = ranks.get(name) if found else None
+        if rank == 0:
+            continue
+        if rank is not None:
+            tensor = tensor[:rank] if factor.startswith("A") else tensor[:, :rank]
+        tensors[key] = tensor.detach().contiguous()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, Path(folder) / _WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+    except OSError as error:
+        raise AdapterFileError(
+            f"{folder}: the adapter cannot be written here ({error}). Name another folder."
+        ) from error
+    return written
