@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from heterolora import errors, kernels
     from heterolora.io import load_adapter, save_adapter
     from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
+    from heterolora.shortcuts import add_shortcuts, remove_shortcuts
     from heterolora.trainers import GraphedTrainer
     from heterolora.training import FuseCallback
 
@@ -28,11 +29,13 @@ __all__ = [
     "GraphedTrainer",
     "SearchSpace",
     "adapt",
+    "add_shortcuts",
     "allocate",
     "errors",
     "fuse",
     "kernels",
     "load_adapter",
+    "remove_shortcuts",
     "save_adapter",
     "unfuse",
 ]
@@ -44,8 +47,10 @@ _HOME = {
     "GraphedTrainer": "trainers",
     "SearchSpace": "search",
     "adapt": "search",
+    "add_shortcuts": "shortcuts",
     "allocate": "search",
     "load_adapter": "io",
+    "remove_shortcuts": "shortcuts",
     "save_adapter": "io",
 }
 
