@@ -29,8 +29,8 @@ from heterolora.kernels.dispatch import Choice, quickest
 from heterolora.own_base import observed, output_reason, run_base
 
 if TYPE_CHECKING:
+    from heterolora.attachments import Attachment
     from heterolora.search.scoring import Scorer
-    from heterolora.shortcuts import Attachment
 
 __all__ = ["Fusion", "Group", "Member"]
 

@@ -17,135 +17,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from heterolora.attachments import Attachment, Candidate, Shortcut
 from heterolora.errors import ShortcutError
 from heterolora.fuse import _entries, fuse, unfuse
-from heterolora.kernels import Branch, low_rank_add
-from heterolora.sources import FFN, LAYER, Key, Sources, Stack
+from heterolora.sources import FFN, LAYER, Sources, Stack
 from heterolora.structure import LayerParts, find_layers, layer_name, read_mapping, width
 
-__all__ = ["KINDS", "Attachment", "Shortcut", "Shortcuts", "add_shortcuts", "remove_shortcuts"]
+__all__ = [
+    "KINDS",
+    "MAX_RANK",
+    "Shortcuts",
+    "add_shortcuts",
+    "candidates",
+    "install",
+    "remove_shortcuts",
+    "shortcut_candidates",
+]
 
 KINDS = ("in-attn", "in-ffn", "cross-ffn", "cross-layer")
 
-_MAX_RANK = 65536
-
-
-class Shortcut(nn.Module):
-    """One branch s (u A^T) B^T, without bias or dropout.
-
-    Attributes:
-        a, b: factors [r, d] and [n, r]; float64 beside float64 weights, else float32.
-        scale: alpha / r.
-        name: "<name of the projection it adds to>:<kind>".
-        source: which activation it reads.
-    """
-
-    def __init__(
-        self, projection: str, kind: str, number: int, like: Tensor, n: int, rank: int, alpha: float
-    ) -> None:
-        super().__init__()
-        self.projection = projection
-        self.kind = kind
-        self.name = f"{projection}:{kind}"
-        self.source: Key = {
-            "in-attn": (number, LAYER),
-            "in-ffn": (number, FFN),
-            "cross-ffn": (number - 1, FFN),
-            "cross-layer": (number, LAYER),
-        }[kind]
-        self.alpha = alpha
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        # The residual stream is as wide as what is added to it.
-        self.a = nn.Parameter(torch.empty(rank, n, dtype=dtype, device=like.device))
-        self.b = nn.Parameter(torch.zeros(n, rank, dtype=dtype, device=like.device))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def forward(self, u: Tensor) -> Tensor:
-        """[..., n] for a source [..., d], as PEFT computes a LoRA branch."""
-        u = u.to(self.a.dtype)
-        return nn.functional.linear(nn.functional.linear(u, self.a), self.b) * self.scale
-
-    def extra_repr(self) -> str:
-        return f"{self.name}, rank={self.rank}, alpha={self.alpha}"
-
-
-class Attachment:
-    """The shortcuts that end at one projection.
-
-    Attributes:
-        bound: the projection's own forward adds them, as it is fused.
-        backend: of `fuse`, or None in a model that is not fused.
-    """
-
-    def __init__(self, shortcuts: list[Shortcut], sources: Sources) -> None:
-        self.shortcuts = shortcuts
-        self.bound = False
-        self.backend: str | None = None
-        self._sources = sources
-
-    def branches(self, site: int, x: Tensor) -> list[Branch]:
-        """For an op on x [..., k], with the sources of the running pass."""
-        if not self._sources.on:
-            return []
-        return [Branch(site, s.a, s.b, s.scale, u) for s, u in self._with_sources(x)]
-
-    def shapes(self, site: int, x: Tensor) -> list[Branch]:
-        """As `branches`, but with sources of no content, for asking what an op would take."""
-        rows = x.shape[:-1]
-        held = {
-            s.source: x.new_empty(()).expand(*rows, s.a.shape[1]) for s in reversed(self.shortcuts)
-        }
-        return [Branch(site, s.a, s.b, s.scale, held[s.source]) for s in self.shortcuts]
-
-    def add(self, y: Tensor, *, in_place: bool) -> Tensor:
-        """The projection's output y [..., n] with the shortcuts added.
-
-        Args:
-            in_place: nobody but the caller holds y, so that the op may write into it.
-        """
-        if not self._sources.on:
-            return y
-        pairs = self._with_sources(y)
-        if self.backend is not None and in_place:
-            branches = [Branch(0, s.a, s.b, s.scale, u) for s, u in pairs]
-            return low_rank_add([y], pairs[0][1], branches, implementation=self.backend)[0]
-        total = y
-        for shortcut, u in pairs:
-            total = total + shortcut(u)
-        return total.to(y.dtype)
-
-    def hook(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        """Forward hook of the projection."""
-        if self.bound:
-            return None
-        return self.add(output, in_place=len(module._forward_hooks) == 1)
-
-    def _with_sources(self, rows_like: Tensor) -> list[tuple[Shortcut, Tensor]]:
-        rows = rows_like.shape[:-1]
-        views: dict[Key, Tensor] = {}
-        for shortcut in self.shortcuts:
-            u = self._sources.get(shortcut.source, shortcut.name)
-            if u.shape[-1] != shortcut.a.shape[1] or math.prod(u.shape[:-1]) != math.prod(rows):
-                raise ShortcutError(
-                    f"{shortcut.name}: the {shortcut.source[1]} has shape {tuple(u.shape)}, and "
-                    f"{math.prod(rows)} rows of {shortcut.a.shape[1]} columns are needed"
-                )
-            # OPT flattens the rows for its FFN. One view a source: the op reads it once.
-            if shortcut.source not in views:
-                views[shortcut.source] = u if u.shape[:-1] == rows else u.reshape(*rows, -1)
-        return [(shortcut, views[shortcut.source]) for shortcut in self.shortcuts]
+MAX_RANK = 65536
 
 
 class Shortcuts(nn.Module):
@@ -182,13 +76,13 @@ class Shortcuts(nn.Module):
                     if key in read:
                         captures[key] = base.get_submodule(name)
                 number += 1
-            carried = frozenset(s.source[0] + 1 for s in self if s.kind == "cross-ffn")
+            carried = frozenset(s.candidate.layer for s in self if s.candidate.kind == "cross-ffn")
             windows = _windows(model, base, stack)
             stacks.append(Stack(windows, layers, captures, carried, _witness(windows[-1])))
         self._sources = Sources(stacks)
         by_projection: dict[str, list[Shortcut]] = {}
         for shortcut in self:
-            by_projection.setdefault(shortcut.projection, []).append(shortcut)
+            by_projection.setdefault(shortcut.candidate.projection, []).append(shortcut)
         for name, shortcuts in by_projection.items():
             attachment = Attachment(shortcuts, self._sources)
             self.attachments[name] = attachment
@@ -246,18 +140,64 @@ def add_shortcuts(
             f"{type(model).__name__} has no LoRA layers; wrap it first with "
             "peft.get_peft_model(model, peft.LoraConfig(...))"
         )
+    stacks = _stacks(base, mapping)
+    new = _build(base, candidates(base, stacks, wanted), rank, alpha)
+    install(model, stacks, new)
+    return tuple(shortcut.name for shortcut in new)
+
+
+def shortcut_candidates(
+    model: nn.Module,
+    kinds: Sequence[str] = KINDS,
+    mapping: Sequence[Mapping[str, str]] | None = None,
+) -> tuple[Candidate, ...]:
+    """The shortcuts that `add_shortcuts` would put on a model, LoRA layers or not, layer by layer.
+
+    Raises:
+        ShortcutError: an unknown kind, or a model whose layers cannot be read.
+    """
+    base = _base(model)
+    return tuple(candidates(base, _stacks(base, mapping), _checked_kinds(kinds)))
+
+
+def candidates(
+    base: nn.Module, stacks: list[list[LayerParts]], kinds: Sequence[str] = KINDS
+) -> list[Candidate]:
+    """Those of these layers: every kind in every layer, but no cross-ffn in a stack's first."""
+    found, layer = [], 0
+    for stack in stacks:
+        for position, parts in enumerate(stack):
+            for kind in kinds:
+                projection = parts.attention_out
+                if kind in ("in-ffn", "cross-layer"):
+                    projection = parts.ffn_out
+                # The residual stream is as wide as what is added to it.
+                columns = width(base.get_submodule(projection))
+                assert columns is not None
+                if kind != "cross-ffn" or position:
+                    found.append(Candidate(projection, kind, layer, columns))
+            layer += 1
+    return found
+
+
+def install(model: Any, stacks: list[list[LayerParts]], new: list[Shortcut]) -> None:
+    """Make the shortcuts part of the model, beside those it has.
+
+    Raises:
+        ShortcutError: one is there already, or others were made for other layers.
+    """
     present = Shortcuts.of(model)
-    stacks = find_layers(base) if mapping is None else read_mapping(base, mapping)
-    if present is not None and present.stacks != stacks:
-        raise ShortcutError("the shortcuts that are there were made with another mapping")
     shortcuts = Shortcuts(stacks) if present is None else present
-    new = _build(base, stacks, wanted, rank, alpha, {s.name for s in shortcuts})
-    for shortcut in new:
-        shortcuts.branches.append(shortcut)
+    if shortcuts.stacks != stacks:
+        raise ShortcutError("the shortcuts that are there were made with another mapping")
+    names = {shortcut.name for shortcut in shortcuts}
+    twice = next((shortcut.name for shortcut in new if shortcut.name in names), None)
+    if twice is not None:
+        raise ShortcutError(f"{twice} is there already; remove_shortcuts(model) first")
     with _unbound(model):
+        shortcuts.branches.extend(new)
         model.low_rank_shortcuts = shortcuts
         shortcuts.connect(model)
-    return tuple(shortcut.name for shortcut in new)
 
 
 def remove_shortcuts(model: nn.Module) -> None:
@@ -281,54 +221,45 @@ def _unbound(model: nn.Module) -> Iterator[None]:
             fuse(model, backend=fusion.backend, captured=fusion.captured)
 
 
+def _stacks(base: nn.Module, mapping: Sequence[Mapping[str, str]] | None) -> list[list[LayerParts]]:
+    return find_layers(base) if mapping is None else read_mapping(base, mapping)
+
+
 def _build(
     base: nn.Module,
-    stacks: list[list[LayerParts]],
-    kinds: Sequence[str],
+    wanted: Sequence[Candidate],
     rank: int | Mapping[str, int],
     alpha: float | Mapping[str, float],
-    taken: set[str],
 ) -> list[Shortcut]:
-    new, number = [], 0
-    keys = set(kinds)
-    for stack in stacks:
-        for position, parts in enumerate(stack):
-            for kind in kinds:
-                projection = parts.ffn_out if kind in ("in-ffn", "cross-layer") else None
-                projection = projection or parts.attention_out
-                name = f"{projection}:{kind}"
-                keys.add(name)
-                r = _value("rank", rank, name, kind, 0)
-                if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r <= _MAX_RANK:
-                    raise ShortcutError(f"{name}: rank {r!r} is not an integer in 0..{_MAX_RANK}")
-                if r == 0 or (kind == "cross-ffn" and position == 0):
-                    continue
-                a = _value("alpha", alpha, name, kind, None)
-                if isinstance(a, bool) or not isinstance(a, int | float) or not math.isfinite(a):
-                    raise ShortcutError(f"{name}: alpha {a!r} is not a finite number")
-                if name in taken:
-                    raise ShortcutError(f"{name} is there already; remove_shortcuts(model) first")
-                module = base.get_submodule(projection)
-                like = next(module.parameters())
-                n = width(module)
-                assert n is not None
-                new.append(Shortcut(projection, kind, number, like, n, r, float(a)))
-            number += 1
+    keys = {key for candidate in wanted for key in (candidate.name, candidate.kind)}
     for label, values in (("rank", rank), ("alpha", alpha)):
         if isinstance(values, Mapping) and (unknown := sorted(values.keys() - keys)):
             raise ShortcutError(
                 f"{label}: {unknown[0]!r} is neither a kind that was asked for nor the name of a "
                 "shortcut of this model"
             )
+    new = []
+    for candidate in wanted:
+        name = candidate.name
+        r = _value(rank, candidate, 0)
+        if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r <= MAX_RANK:
+            raise ShortcutError(f"{name}: rank {r!r} is not an integer in 0..{MAX_RANK}")
+        if r == 0:
+            continue
+        a = _value(alpha, candidate, None)
+        if isinstance(a, bool) or not isinstance(a, int | float) or not math.isfinite(a):
+            raise ShortcutError(f"{name}: alpha {a!r} is not a finite number")
+        like = next(base.get_submodule(candidate.projection).parameters())
+        new.append(Shortcut(candidate, like, r, float(a)))
     if not new:
         raise ShortcutError("no shortcut is left: every rank is 0")
     return new
 
 
-def _value(label: str, given: Any, name: str, kind: str, default: Any) -> Any:
+def _value(given: Any, candidate: Candidate, default: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
-    return given.get(name, given.get(kind, default))
+    return given.get(candidate.name, given.get(candidate.kind, default))
 
 
 def _checked_kinds(kinds: Sequence[str]) -> tuple[str, ...]:

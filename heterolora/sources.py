@@ -27,6 +27,11 @@ logger = logging.getLogger("heterolora")
 
 LAYER, FFN = "layer input", "FFN input"
 
+_NOT_COMPILED = (
+    "torch.compile cannot trace shortcuts through gradient checkpoints, which hand a tensor from "
+    "one layer to another; compile, or checkpoint, but not both"
+)
+
 # Number of a layer in the model, and which of its activations.
 Key = tuple[int, str]
 
@@ -142,7 +147,10 @@ class Sources:
         self._handles.append(module.register_forward_hook(self._close, always_call=True))
 
     def _open_window(self, stack: Stack, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if any(_checkpoints(layer) for layer in stack.layers.values()):
+                raise ShortcutError(_NOT_COMPILED)
+        else:
             for number, layer in stack.layers.items():
                 # Looked at in every pass, as checkpointing may be enabled at any time.
                 original = layer.__dict__.get(_CHECKPOINT)
@@ -185,6 +193,10 @@ class Sources:
         return found is witness
 
 
+def _checkpoints(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+
+
 class _Carrier:
     """Stands for a layer's checkpoint function, and takes the layer's foreign source through it."""
 
@@ -198,10 +210,7 @@ class _Carrier:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            raise ShortcutError(
-                "torch.compile does not trace gradient checkpointing with shortcuts; use one of "
-                "the two"
-            )
+            raise ShortcutError(_NOT_COMPILED)
         frames = self.sources._frames
         before = (self.number - 1, FFN)
         source = frames[-1].tensors.get(before) if frames and self.carries else None
