@@ -219,6 +219,7 @@ def _unbound(model: nn.Module) -> Iterator[None]:
     finally:
         if fusion is not None:
             fuse(model, backend=fusion.backend, captured=fusion.captured)
+            model.__dict__["_heterolora"].adopt(fusion)
 
 
 def _stacks(base: nn.Module, mapping: Sequence[Mapping[str, str]] | None) -> list[list[LayerParts]]:
@@ -291,8 +292,8 @@ def _windows(model: Any, base: nn.Module, stack: list[LayerParts]) -> list[nn.Mo
     return list(dict.fromkeys([*_entries(model), base.get_submodule(".".join(shared))]))
 
 
-def _witness(module: nn.Module) -> tuple[str, Any] | None:
-    """The first LoRA layer below a module, which tells whether adapters are enabled."""
+def _witness(module: nn.Module) -> Any:
+    """The first LoRA layer below a module, which tells whether adapters are enabled, or None."""
     from peft.tuners.lora.layer import LoraLayer
 
-    return next(((n, m) for n, m in module.named_modules() if isinstance(m, LoraLayer)), None)
+    return next((found for found in module.modules() if isinstance(found, LoraLayer)), None)

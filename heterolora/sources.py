@@ -46,7 +46,7 @@ class Stack:
         layers: the layer modules by number.
         captures: the modules that are called with a source.
         carried: numbers of layers that read a source of the layer before.
-        witness: name and module of a LoRA layer, from the last of `windows`, if there is one.
+        witness: the first LoRA layer in the last of `windows`, if there is one.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Stack:
         layers: Mapping[int, nn.Module],
         captures: Mapping[Key, nn.Module],
         carried: frozenset[int],
-        witness: tuple[str, Any] | None,
+        witness: Any,
     ) -> None:
         self.windows = list(windows)
         self.layers = dict(layers)
@@ -162,7 +162,7 @@ class Sources:
     def _open_layer(self, stack: Stack, module: nn.Module, args: Any) -> None:
         # A layer called by hand, or recomputed by code that checkpoints its whole call.
         if not self._frames:
-            self.push(module, stack.witness is None or not stack.witness[1].disable_adapters)
+            self.push(module, stack.witness is None or not stack.witness.disable_adapters)
 
     def _close(self, module: nn.Module, args: Any, output: Any) -> None:
         self.pop(module)
@@ -179,18 +179,16 @@ class Sources:
     def _adapters_on(self, stack: Stack, module: nn.Module) -> bool:
         if stack.witness is None:
             return True
-        name, witness = stack.witness
-        if witness.disable_adapters:
+        if stack.witness.disable_adapters:
             return False
         if torch.compiler.is_compiling() or module is not stack.windows[-1]:
             return True
-        found: Any = module
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is not witness and not self._warned:
+        # As the first of its kind it is found at once, unless it is not there any more.
+        there = any(found is stack.witness for found in module.modules())
+        if not there and not self._warned:
             self._warned = True
             logger.warning("the LoRA layers were unloaded, and the shortcuts with them")
-        return found is witness
+        return there
 
 
 def _checkpoints(layer: nn.Module) -> bool:

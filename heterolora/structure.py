@@ -98,7 +98,11 @@ def find_layers(base: nn.Module) -> list[list[LayerParts]]:
     for name, module in base.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        found = {f"{name}.{index}": _parts(layer) for index, layer in enumerate(module)}
+        # A layer that stands there twice is one layer that runs twice.
+        first: dict[nn.Module, int] = {}
+        for index, layer in enumerate(module):
+            first.setdefault(layer, index)
+        found = {f"{name}.{index}": _parts(layer) for layer, index in first.items()}
         stack = [parts.below(prefix) for prefix, parts in found.items() if parts is not None]
         missing = next((prefix for prefix, parts in found.items() if parts is None), None)
         if missing is not None:
