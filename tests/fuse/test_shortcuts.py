@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from ddp import train_twice
 from helpers import CountOps, batch_for, error, step
 from shortcut_models import FAMILIES, FEW, decoder_targets, plain, with_shortcuts
 
 import heterolora
 from heterolora import binding
 from heterolora.kernels.dispatch import Choice
+from heterolora.search.proxies import PROXIES
 
 
 def _added(ops):
@@ -224,6 +226,33 @@ def test_copies_do_not_share_sources():
     assert torch.equal(model(**one).logits, expected[0])
     assert torch.equal(inner[0], expected[1])
     assert error(model(**two).logits, expected[0]) > 1e-4
+
+
+def test_two_processes_train_to_the_weights_of_one(tmp_path):
+    """DDP on gloo, with checkpoints, each process with half of the batch."""
+    one, two = train_twice(tmp_path, "shortcuts")
+    assert one.keys() == two.keys()
+    factors = [name for name in one if "low_rank_shortcuts" in name]
+    assert len(factors) == 14 and all((one[name] != 0).any() for name in factors)
+    for name, value in one.items():
+        # DDP averages two halves where one process sums over the whole.
+        assert error(two[name], value) < 1e-4, name
+
+
+def test_scores_of_lora_layers_are_those_of_plain_gradients():
+    base = plain("bert")
+    batch = batch_for(base)
+    model = with_shortcuts(base)
+    _, grads = step(model, batch)
+    model.zero_grad()
+    heterolora.fuse(model, example=batch, backend="aten")
+    scores = PROXIES["grad-norm"](model, [batch])
+    assert "bert.encoder.layer.1.output.dense" in scores
+    for name, score in scores.items():
+        norms = [
+            grads[f"base_model.model.{name}.lora_{factor}.default.weight"].norm() for factor in "AB"
+        ]
+        assert score == pytest.approx(float(sum(norms)), rel=1e-5), name
 
 
 def test_compiled_whole():
