@@ -107,7 +107,7 @@ class SavedShortcuts:
 
         Args:
             root: the folder, resolved.
-            base: the model without adapters; it is only looked at.
+            base: the base model, with LoRA layers in it or not; it is only looked at.
 
         Raises:
             AdapterFileError: a file is missing, unreadable or a link out of the folder; a key is
@@ -137,11 +137,31 @@ class SavedShortcuts:
         for candidate, rank, alpha in self._entries:
             like = next(base.get_submodule(candidate.projection).parameters())
             shortcut = Shortcut(candidate, like, rank, alpha).requires_grad_(is_trainable)
-            with torch.no_grad():
-                shortcut.a.copy_(self._tensors[f"{candidate.name}.a"])
-                shortcut.b.copy_(self._tensors[f"{candidate.name}.b"])
+            self._fill(shortcut)
             new.append(shortcut)
         install(model, self._stacks, new)
+
+    def restore(self, shortcuts: Shortcuts) -> None:
+        """Copy the weights into the shortcuts of a model, as when a run is resumed.
+
+        Raises:
+            AdapterFileError: the model has other shortcuts, ranks or scales; it is as it was then.
+        """
+        saved = {candidate.name: (rank, alpha) for candidate, rank, alpha in self._entries}
+        own = {shortcut.name: (shortcut.rank, shortcut.alpha) for shortcut in shortcuts}
+        differs = next((n for n in {**own, **saved} if own.get(n) != saved.get(n)), None)
+        if differs is not None:
+            raise AdapterFileError(
+                f"shortcut {differs} has rank and alpha {saved.get(differs)} in the file and "
+                f"{own.get(differs)} in the model; build the model as it was when it was saved"
+            )
+        for shortcut in shortcuts:
+            self._fill(shortcut)
+
+    def _fill(self, shortcut: Shortcut) -> None:
+        with torch.no_grad():
+            shortcut.a.copy_(self._tensors[f"{shortcut.name}.a"])
+            shortcut.b.copy_(self._tensors[f"{shortcut.name}.b"])
 
 
 class _Reader:

@@ -19,6 +19,7 @@ import heterolora
 from heterolora.errors import AdapterFileError
 from heterolora.fuse import unfuse
 from heterolora.io import load_adapter, save_adapter
+from heterolora.shortcut_files import SavedShortcuts
 from heterolora.shortcuts import Shortcuts
 
 CONFIG, WEIGHTS = "heterolora_shortcuts.json", "heterolora_shortcuts.safetensors"
@@ -97,6 +98,28 @@ def test_a_model_without_leaves_no_stale_files(tmp_path: Path) -> None:
         *("README.md", "adapter_config.json", "adapter_model.safetensors")
     }
     assert Shortcuts.of(load_adapter(plain("bert"), tmp_path)) is None
+
+
+def test_weights_go_back_into_the_same_model(tmp_path: Path) -> None:
+    model: Any = with_shortcuts(plain("bert"))
+    batch = batch_for(model)
+    save_adapter(model, tmp_path)
+    expected = model(**batch).logits
+    with torch.no_grad():
+        for shortcut in model.low_rank_shortcuts:
+            shortcut.a.add_(1)
+            shortcut.b.add_(1)
+    saved = SavedShortcuts.read(tmp_path, model.get_base_model())
+    assert saved is not None
+    saved.restore(model.low_rank_shortcuts)
+    assert torch.equal(model(**batch).logits, expected)
+    assert all(p.requires_grad for p in model.low_rank_shortcuts.parameters())
+    other: Any = with_shortcuts(plain("bert"), ranks={**RANKS, "in-ffn": 7})
+    before = [p.clone() for p in other.low_rank_shortcuts.parameters()]
+    with pytest.raises(AdapterFileError, match=r"in-ffn has rank and alpha \(8, 16.0\)"):
+        saved.restore(other.low_rank_shortcuts)
+    after = other.low_rank_shortcuts.parameters()
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:

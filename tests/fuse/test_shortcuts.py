@@ -175,6 +175,59 @@ def test_a_layer_that_falls_back_keeps_them():
     assert error(bare, plain("bert")(**batch).logits) < 1e-6
 
 
+def test_a_sibling_with_shortcuts_waits_for_its_own_call():
+    """By an explicit mapping onto V, whose source arises when V itself is called."""
+    base = plain("bert")
+    batch = batch_for(base)
+    model = with_shortcuts(base)
+    heterolora.remove_shortcuts(model)
+    mapping = [
+        {
+            "attention_out": f"bert.encoder.layer.{i}.attention.self.value",
+            "ffn_out": f"bert.encoder.layer.{i}.output.dense",
+            "layer_input": f"bert.encoder.layer.{i}.attention.self.value",
+            "ffn_input": f"bert.encoder.layer.{i}.intermediate",
+        }
+        for i in range(2)
+    ]
+    heterolora.fuse(model, example=batch, backend="aten")
+    assert len(model._heterolora.groups) == 2
+    heterolora.add_shortcuts(model, mapping=mapping)
+    for shortcut in model.low_rank_shortcuts:
+        torch.nn.init.normal_(shortcut.b, std=0.02)
+    step(model, batch)
+    with CountOps() as ops:
+        fused, ours = step(model, batch)
+    assert ops.forward > 0 and not model._heterolora.groups
+    heterolora.unfuse(model)
+    logits, grads = step(model, batch)
+    assert error(fused, logits) < 1e-5
+    for key, grad in grads.items():
+        assert error(ours[key], grad) < 1e-5, key
+
+
+@pytest.mark.parametrize("targets", [True, False], ids=["q,v", "all-linear"])
+def test_mixed_precision(targets):
+    """The error against float64 is at most twice that of the unfused model."""
+    base = plain("bert")
+    batch = batch_for(base)
+    model = with_shortcuts(base, targets=["query", "value"] if targets else None)
+    truth, true_grads = step(copy.deepcopy(model).double(), batch)
+    results = []
+    for fused in (False, True):
+        if fused:
+            heterolora.fuse(model, example=batch, backend="aten")
+        with torch.autocast("cpu", torch.bfloat16), CountOps() as ops:
+            results.append(step(model, batch))
+        assert (ops.forward > 0) is fused
+    (eager, eager_grads), (logits, grads) = results
+    assert logits.dtype == eager.dtype and error(logits, truth) <= 2 * error(eager, truth)
+    ours, theirs = (
+        sum(error(of[key], true_grads[key]) for key in true_grads) for of in (grads, eager_grads)
+    )
+    assert ours <= 2 * theirs
+
+
 def test_own_base_layers_take_them_too():
     base = plain("bert")
     batch = batch_for(base)
