@@ -156,6 +156,7 @@ def test_a_layer_that_runs_twice(reentrant):
     batch = batch_for(plain("bert"))
     shared = with_shortcuts(twice(plain("bert")))
     assert len(list(shared.low_rank_shortcuts)) == 7
+    assert all(".layer.0." in s.name or ".layer.1." in s.name for s in shared.low_rank_shortcuts)
     # The first layer has no cross-ffn, so neither has its second run.
     none = {"bert.encoder.layer.2.attention.output.dense:cross-ffn": 0}
     apart = with_shortcuts(plain("bert", layers=4), ranks={**RANKS, **none})

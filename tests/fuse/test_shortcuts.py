@@ -195,7 +195,9 @@ def test_a_sibling_with_shortcuts_waits_for_its_own_call():
     heterolora.add_shortcuts(model, mapping=mapping)
     for shortcut in model.low_rank_shortcuts:
         torch.nn.init.normal_(shortcut.b, std=0.02)
-    step(model, batch)
+    assert not model._heterolora.groups
+    heterolora.unfuse(model)
+    heterolora.fuse(model, example=batch, backend="aten")
     with CountOps() as ops:
         fused, ours = step(model, batch)
     assert ops.forward > 0 and not model._heterolora.groups
