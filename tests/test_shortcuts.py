@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from helpers import batch_for, build, error, step
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from shortcut_models import (
     FAMILIES,
     RANKS,
@@ -225,3 +225,14 @@ def test_refused_models():
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ShortcutError, match=r"model\.layers\.1 \(LlamaDecoderLayer\) is no layer"):
         heterolora.add_shortcuts(model)
+
+
+def test_a_model_with_injected_layers():
+    base = plain("llama")
+    batch = batch_for(base)
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "o_proj"]), base)
+    expected = model(**batch).logits
+    assert len(heterolora.add_shortcuts(model)) == 7
+    assert torch.equal(model(**batch).logits, expected)
+    step(model, batch)
+    assert all((shortcut.b.grad != 0).any() for shortcut in model.low_rank_shortcuts)
