@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from heterolora.io import load_adapter, save_adapter
     from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
     from heterolora.search.dynamic import DynamicSearchCallback
+    from heterolora.shortcuts import add_shortcuts, remove_shortcuts
     from heterolora.trainers import GraphedTrainer
     from heterolora.training import FuseCallback
 
@@ -30,11 +31,13 @@ __all__ = [
     "GraphedTrainer",
     "SearchSpace",
     "adapt",
+    "add_shortcuts",
     "allocate",
     "errors",
     "fuse",
     "kernels",
     "load_adapter",
+    "remove_shortcuts",
     "save_adapter",
     "unfuse",
 ]
@@ -47,8 +50,10 @@ _HOME = {
     "GraphedTrainer": "trainers",
     "SearchSpace": "search",
     "adapt": "search",
+    "add_shortcuts": "shortcuts",
     "allocate": "search",
     "load_adapter": "io",
+    "remove_shortcuts": "shortcuts",
     "save_adapter": "io",
 }
 

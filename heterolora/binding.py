@@ -8,7 +8,7 @@ recompute under checkpointing, a sibling that is never called.
 """
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ from heterolora.masks import rank_in_use
 from heterolora.own_base import observed, output_reason, run_base
 
 if TYPE_CHECKING:
+    from heterolora.attachments import Attachment
     from heterolora.search.scoring import Scorer
 
 __all__ = ["Fusion", "Group", "Member"]
@@ -41,10 +42,14 @@ logger = logging.getLogger("heterolora")
 class Member:
     """One LoRA layer bound to the fused path; its `forward` stands in the layer's instance dict."""
 
-    def __init__(self, name: str, layer: Any, fusion: "Fusion") -> None:
+    def __init__(
+        self, name: str, layer: Any, fusion: "Fusion", shortcuts: "Attachment | None" = None
+    ) -> None:
         self.name = name
         self.layer = layer
         self.fusion = fusion
+        # That end at this layer: branches of its operation.
+        self.shortcuts = shortcuts
         self.group: Group | None = None
         # Shape and dtype of the last input that `auto` was asked about.
         self.asked: tuple[torch.Size, torch.dtype] | None = None
@@ -53,6 +58,8 @@ class Member:
         # Why the base's output cannot be added to; seen only once the base has run.
         self.unfit: str | None = None
         layer.forward = self.forward
+        if shortcuts is not None:
+            shortcuts.bound = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -61,7 +68,7 @@ class Member:
         if not compiling and self.fusion.scorer is not None:
             self.fusion.scorer.called(self.name)
         elif not compiling and self.left and (x.shape, x.dtype) in self.left:
-            return type(self.layer).forward(self.layer, x, *args, **kwargs)
+            return self._unfused(x, *args, **kwargs)
         group = self.group if self.group is not None and self.group.window_open else None
         reason = call_reason(args, kwargs)
         if reason is None:
@@ -76,7 +83,11 @@ class Member:
             reason = self.unfit
         if not compiling and reason is not None and reason != SWITCHED_OFF:
             self.fusion.warn_once(reason)
-        return type(self.layer).forward(self.layer, x, *args, **kwargs)
+        return self._unfused(x, *args, **kwargs)
+
+    def _unfused(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = type(self.layer).forward(self.layer, x, *args, **kwargs)
+        return y if self.shortcuts is None else self.shortcuts.add(y, in_place=False)
 
     def reason(self, x: Tensor) -> str | None:
         return (
@@ -156,12 +167,18 @@ class Fusion:
         entries: list[nn.Module],
         layers: dict[str, nn.Module],
         backend: str,
+        shortcuts: Mapping[str, "Attachment"],
         *,
         captured: bool,
     ) -> None:
         self.backend = backend
         self.captured = captured
-        self.members = {name: Member(name, layer, self) for name, layer in layers.items()}
+        self.shortcuts = shortcuts
+        for attachment in shortcuts.values():
+            attachment.backend = backend
+        self.members = {
+            name: Member(name, layer, self, shortcuts.get(name)) for name, layer in layers.items()
+        }
         self.groups: list[Group] = []
         self.unseen = set(layers)
         self.recording = False
@@ -180,7 +197,7 @@ class Fusion:
         """Keep the groups an earlier `fuse` of the same model had found."""
         for group in earlier.groups:
             names = [member.name for member in group.members]
-            if all(name in self.members for name in names):
+            if all(name in self.members and name not in self.shortcuts for name in names):
                 self._add_group([self.members[name] for name in names])
         self._saw(set(earlier.members) - earlier.unseen)
 
@@ -199,7 +216,9 @@ class Fusion:
         """
         for run_ in self._runs:
             names = {member.name for member in run_}
-            if len(names) == len(run_) > 1 and names <= self.unseen:
+            # A sibling that runs early would read its shortcuts' sources too early.
+            apart = any(member.shortcuts is not None for member in run_)
+            if len(names) == len(run_) > 1 and names <= self.unseen and not apart:
                 self._add_group(run_)
             self._saw(names)
         self._runs = []
@@ -233,7 +252,7 @@ class Fusion:
                 weight = dense_weight(members[0].layer)
                 shape, dtype = members[0].asked or ((rows, weight.shape[1]), weight.dtype)
                 x = weight.new_empty((), dtype=dtype).expand(shape)
-                sites, branches = _sites(members), _branches(members)
+                sites, branches = _sites(members), _branches(members, x, shapes_only=True)
                 choice = quickest(x, sites, branches, captured=self.captured)
                 found.update((member.name, choice) for member in members)
         return found
@@ -244,6 +263,10 @@ class Fusion:
             # Code that wrapped the layer after `fuse` keeps its wrapper.
             if getattr(bound, "__self__", None) is member:
                 del member.layer.forward
+                if member.shortcuts is not None:
+                    member.shortcuts.bound = False
+        for attachment in self.shortcuts.values():
+            attachment.backend = None
         for group in self.groups:
             self._remove(group.handles)
         self._remove(self._handles)
@@ -304,7 +327,7 @@ def run(members: list[Member], x: Tensor) -> list[Tensor | None]:
             member.unfit = reason
     for pairs in own.values():
         adding, bases = [member for member, _ in pairs], [y for _, y in pairs]
-        branches = _branches(adding)
+        branches = _branches(adding, x)
         options = _options(branches, x, adding[0].fusion.backend)
         _collect(outputs, adding, low_rank_add(bases, x, branches, **options))
     return [outputs.get(member.name) for member in members]
@@ -312,12 +335,13 @@ def run(members: list[Member], x: Tensor) -> list[Tensor | None]:
 
 def _dense(members: list[Member], x: Tensor) -> list[Tensor]:
     """The outputs, or none at all where PEFT's own layers are expected to be faster."""
-    fusion, sites, branches = members[0].fusion, _sites(members), _branches(members)
+    fusion, sites, branches = members[0].fusion, _sites(members), _branches(members, x)
     if torch.compiler.is_compiling():
         # A compiler leaves out most of what makes a call slow, and would be asked anew for the one
         # pass that scores.
         return group_linear(x, sites, branches, **_options(branches, x, fusion.backend))
-    if fusion.scorer is not None:
+    # It measures one branch a layer; what it does not see, it takes from the gradients.
+    if fusion.scorer is not None and len(branches) == len(members):
         names = [member.name for member in members]
         options = _options(branches, x, fusion.backend)
         return fusion.scorer.run(names, x, sites, branches, **options)
@@ -336,8 +360,9 @@ def _sites(members: list[Member]) -> list[Site]:
     return [Site(dense_weight(layer), layer.base_layer.bias) for layer in layers]
 
 
-def _branches(members: list[Member]) -> list[Branch]:
-    branches = []
+def _branches(members: list[Member], x: Tensor, *, shapes_only: bool = False) -> list[Branch]:
+    """Of the adapters, and of shortcuts: with their sources, or outside of a pass without."""
+    branches: list[Branch] = []
     for index, member in enumerate(members):
         layer = member.layer
         name = active_adapter(layer)
@@ -346,6 +371,9 @@ def _branches(members: list[Member]) -> list[Branch]:
         factors = (a, b) if rank is None else (a[:rank], b[:, :rank])
         p = dropout_probability(layer, name)
         branches.append(Branch(index, *factors, layer.scaling[name], dropout=p))
+        if member.shortcuts is not None:
+            found = member.shortcuts.shapes if shapes_only else member.shortcuts.branches
+            branches += found(index, x)
     return branches
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "ModelError",
     "ScoreError",
     "SearchSpaceError",
+    "ShortcutError",
     "TrainingError",
 ]
 
@@ -53,6 +54,10 @@ class AllocationFileError(HeteroLoraError):
 
 class FuseError(HeteroLoraError):
     """`fuse` was given no PEFT LoRA model, or `strict=True` met a module it had to decline."""
+
+
+class ShortcutError(HeteroLoraError):
+    """Shortcuts cannot be put on this model, or a source is not there when its shortcut runs."""
 
 
 class AdapterFileError(HeteroLoraError):

@@ -113,6 +113,7 @@ def fuse(
     from heterolora.decline import SWITCHED_OFF, dense_weight, layer_reason, nesting_reason
     from heterolora.kernels.dispatch import advice
     from heterolora.own_base import adds_low_rank
+    from heterolora.shortcuts import Shortcuts
 
     if backend not in _BACKENDS:
         raise FuseError(f"unknown backend {backend!r}; choose one of {', '.join(_BACKENDS)}")
@@ -144,7 +145,9 @@ def fuse(
         for name, layer in layers.items()
         if adds_low_rank(layer) and "forward" not in layer.__dict__ and not nesting_reason(layer)
     }
-    fusion = Fusion(_entries(model), free, backend, captured=captured)
+    shortcuts = Shortcuts.of(model)
+    attachments = {} if shortcuts is None else shortcuts.attachments
+    fusion = Fusion(_entries(model), free, backend, attachments, captured=captured)
     model.__dict__["_heterolora"] = fusion
     if earlier is not None:
         fusion.adopt(earlier)

@@ -8,11 +8,9 @@ compared with what PEFT would build from the configuration, on a copy of the mod
 
 import copy
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,15 @@ import torch
 from torch import nn
 
 from heterolora.errors import AdapterFileError, ModelError
+from heterolora.expressions import check_expression
 from heterolora.fuse import fuse
+from heterolora.shortcut_files import (
+    SavedShortcuts,
+    check_inside,
+    check_shortcuts,
+    write_shortcuts,
+)
+from heterolora.shortcuts import Shortcuts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,15 +60,20 @@ _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 Shapes = dict[str, tuple[int, ...]]
 
 
-def save_adapter(model: nn.Module, folder: str | PathLike[str]) -> None:
+def save_adapter(model: nn.Module, folder: str | PathLike[str], *, stock: bool = False) -> None:
     """Write every adapter of a PEFT LoRA model as safetensors, as `PeftModel.save_pretrained` does.
 
     Works alike on a fused and an unfused model, and the files need nothing but PEFT to load. The
     adapter called `default` goes into `folder` itself, any other into a sub-folder of its name.
+    Shortcuts go into two more files in `folder`, which `load_adapter` reads and PEFT passes over.
+
+    Args:
+        stock: write only what stock PEFT loads, so that it computes what this model does.
 
     Raises:
         AdapterFileError: `model` is not a PeftModel with LoRA adapters, a weight is NaN or infinite
-            (nothing is written then), or `folder` cannot be written.
+            (nothing is written then), `folder` cannot be written, or the model has shortcuts that
+            carry weight, with `stock`.
     """
     from peft import PeftModel, PeftType, get_peft_model_state_dict
 
@@ -85,9 +96,12 @@ def save_adapter(model: nn.Module, folder: str | PathLike[str]) -> None:
                     f"adapter {name!r}: {key} holds NaN or infinite values, so nothing was saved. "
                     "Go back to an earlier checkpoint, and train on with a lower learning rate."
                 )
+    shortcuts = Shortcuts.of(model)
+    check_shortcuts(shortcuts, stock=stock)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         model.save_pretrained(str(folder))
+        write_shortcuts(None if stock else shortcuts, Path(folder))
     except OSError as exc:
         raise AdapterFileError(
             f"{folder}: the adapter cannot be written here ({exc}). Name another folder."
@@ -101,11 +115,11 @@ def load_adapter(
     adapter_name: str = "default",
     is_trainable: bool = False,
 ) -> "PeftModel":
-    """Put the saved LoRA adapter of `folder` on `model`, and fuse it.
+    """Put the saved LoRA adapter of `folder`, with its shortcuts if any, on `model`, and fuse it.
 
-    Everything is checked first; on an error `model` is as it was. Only the adapter's two files are
+    Everything is checked first; on an error `model` is as it was. Only the adapter's files are
     read: the base model they name is neither loaded nor looked for. Once unfused, the result equals
-    that of `peft.PeftModel.from_pretrained` bit for bit.
+    that of `peft.PeftModel.from_pretrained` bit for bit, if there are no shortcuts.
 
     Args:
         model: the base model, which becomes part of the result, as with PEFT.
@@ -133,9 +147,12 @@ def load_adapter(
     settings = _read_settings(config)
     _check_settings(config, settings)
     _check_tensors(weights, *_expected_shapes(config, settings, model, adapter_name))
+    shortcuts = SavedShortcuts.read(root, model)
     loaded = PeftModel.from_pretrained(
         model, str(root), adapter_name=adapter_name, is_trainable=is_trainable
     )
+    if shortcuts is not None:
+        shortcuts.attach(loaded, is_trainable=is_trainable)
     fuse(loaded)
     return loaded
 
@@ -148,13 +165,7 @@ def _adapter_files(root: Path) -> tuple[Path, Path]:
         )
     config, weights = root / _CONFIG, root / _WEIGHTS
     for path in (config, weights):
-        real = path.resolve()
-        # The Hugging Face cache keeps files in blobs/; snapshots/<revision>/ links to them.
-        cached = root.parent.name == "snapshots" and real.is_relative_to(root.parents[1] / "blobs")
-        if not real.is_relative_to(root) and not cached:
-            raise AdapterFileError(
-                f"{path}: a link out of the folder, to {real}. Copy the file itself here."
-            )
+        check_inside(root, path)
     if not config.is_file():
         inner = sorted(path.parent.name for path in root.glob(f"*/{_CONFIG}"))
         hint = f"Name one of its sub-folders: {', '.join(inner)}." if inner else "Save it again."
@@ -228,7 +239,7 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
             where = f"{key}[{name!r:.80}]"
             if not valid(value):
                 raise AdapterFileError(f"{file}: {where} is {value!r:.80}; it must be {kind}.")
-            _check_expression(file, where, name, _KEY_LIMITS)
+            check_expression(file, where, name, _KEY_LIMITS)
     if settings["init_lora_weights"] not in _KEEPS_BASE:
         raise AdapterFileError(
             f"{file}: init_lora_weights is {settings['init_lora_weights']!r:.80}, which changes "
@@ -238,7 +249,7 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         value = settings[key] or []
         if isinstance(value, str) and key in ("target_modules", "exclude_modules"):
-            _check_expression(file, key, value, _EXPRESSION_LIMITS)
+            check_expression(file, key, value, _EXPRESSION_LIMITS)
         elif not isinstance(value, list):
             raise AdapterFileError(f"{file}: {key} is {value!r:.80}; it must be a list of names.")
         else:
@@ -251,63 +262,7 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     for text in layers if isinstance(layers, list) else [layers]:
         if not isinstance(text, str):
             raise AdapterFileError(f"{file}: layers_pattern holds {text!r:.80}; it must be text.")
-        _check_expression(file, "layers_pattern", text, _KEY_LIMITS)
-
-
-def _check_expression(file: Path, key: str, text: str, limits: tuple[int, int, int]) -> None:
-    """Refuse a broken regular expression, and one that may take for ever to match a name."""
-    length, most_repeats, most_ways = limits
-    if len(text) > length:
-        raise AdapterFileError(
-            f"{file}: {key} has {len(text)} characters, and at most {length} are read."
-        )
-    # `re` has no time limit, so the parsed form has to tell.
-    parser = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
-    try:
-        repeats, choices = _backtracking(parser.parse(text))
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as exc:
-        raise AdapterFileError(
-            f"{file}: {key} is not a valid regular expression ({exc}). Name the modules in full."
-        ) from exc
-    if repeats > most_repeats or repeats + choices > most_ways:
-        raise AdapterFileError(
-            f"{file}: {key} is a regular expression that may take for ever, with nested or too "
-            f"many repeats or alternatives: {text!r:.80}. Name the modules in full."
-        )
-
-
-def _backtracking(parsed: Any) -> tuple[float, float]:
-    """Open-ended repeats and either-or choices along the costliest way through an expression.
-
-    A repeat of something that itself repeats or chooses is exponential, so it counts as infinite.
-    """
-    repeats = choices = 0.0
-    for op, value in parsed:
-        kind = str(op)
-        bodies: list[Any] = []
-        if kind.endswith("_REPEAT"):
-            low, high, body = value
-            bodies = [body]
-            repeats += high > 1 and low != high
-            choices += high == 1 and low == 0
-        elif kind == "BRANCH":
-            bodies = value[1]
-            choices += 1
-        elif kind == "SUBPATTERN":
-            bodies = [value[-1]]
-        elif kind == "ATOMIC_GROUP":
-            bodies = [value]
-        elif kind in ("ASSERT", "ASSERT_NOT"):
-            bodies = [value[1]]
-        elif kind.startswith("GROUPREF"):
-            return math.inf, math.inf
-        costs = [_backtracking(body) for body in bodies]
-        if kind.endswith("_REPEAT") and high > 1 and costs != [(0, 0)]:
-            return math.inf, math.inf
-        repeats += max((cost[0] for cost in costs), default=0.0)
-        choices += max((cost[1] for cost in costs), default=0.0)
-    return repeats, choices
+        check_expression(file, "layers_pattern", text, _KEY_LIMITS)
 
 
 def _expected_shapes(

@@ -1,4 +1,4 @@
-"""Trains a small fused model for five steps, alone or as one of two processes; see test_fuse.py."""
+"""Trains a small fused model for five steps, alone or as one of two processes; see ddp.py."""
 
 import os
 import sys
@@ -13,12 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 import heterolora
 
 
-def main(folder: str) -> None:
+def main(folder: str, kind: str = "lora") -> None:
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     base = build("bert")
     model = with_lora(base, {n: 1 + i % 8 for i, n in enumerate(_names(base))})
+    if kind == "shortcuts":
+        heterolora.add_shortcuts(model)
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     heterolora.fuse(model, strict=True, backend="aten")
     trained = model
     if world > 1:
@@ -51,4 +55,4 @@ def _names(base: torch.nn.Module) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

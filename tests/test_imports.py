@@ -133,11 +133,13 @@ def test_public_names() -> None:
         "GraphedTrainer",
         "SearchSpace",
         "adapt",
+        "add_shortcuts",
         "allocate",
         "errors",
         "fuse",
         "kernels",
         "load_adapter",
+        "remove_shortcuts",
         "save_adapter",
         "unfuse",
     ]

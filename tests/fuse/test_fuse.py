@@ -1,13 +1,8 @@
 """`fuse` and `unfuse`: reversible, idempotent, invisible to PEFT, compilable, trainable."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ddp import train_twice
 from helpers import CountOps, batch_for, build, error, step, with_lora
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
@@ -215,23 +210,7 @@ def test_twenty_steps_follow_the_same_curve(name):
 
 def test_two_processes_train_to_the_weights_of_one(tmp_path):
     """DDP on gloo: each process takes half of the batch that one process takes whole."""
-    script = str(Path(__file__).parents[1] / "ddp_worker.py")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # By address and on the loopback interface: in a container the host's own name may lead nowhere.
-    torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    for command in (["-m", *torchrun, f"--master-port={port}", script], [script]):
-        done = subprocess.run(
-            [sys.executable, *command, str(tmp_path)],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    one, two = train_twice(tmp_path)
     assert one.keys() == two.keys() and len(one) > 10
     assert all((one[name] != 0).any() for name in one)
     for name, value in one.items():

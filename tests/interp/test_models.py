@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import build, error
 from peft import LoraConfig, get_peft_model
+from shortcut_models import decoder_targets, plain, with_shortcuts
 from torch import nn
 
 import heterolora
@@ -45,5 +46,19 @@ def test_a_fused_model_is_pefts(name, launches):
     found = _step(model, batch)
     assert launches["expand_kernel"] == launches["shrink_kernel"] > 0
     assert launches["dx_kernel"] > 0 and launches["da_kernel"] == launches["dy_kernel"] > 0
+    assert found.keys() == expected.keys()
+    assert max(error(found[key], expected[key]) for key in expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("targets", [True, False], ids=["q,v", "all-linear"])
+def test_shortcuts_run_in_the_kernels(name, targets, launches):
+    model = with_shortcuts(plain(name), targets=decoder_targets(name) if targets else None)
+    batch = {"input_ids": IDS, "labels": LABELS[name]}
+    expected = _step(model, batch)
+    heterolora.fuse(model, backend="triton", example=batch)
+    launches.clear()
+    found = _step(model, batch)
+    assert launches["expand_kernel"] > 0 and launches["dx_kernel"] > 0
     assert found.keys() == expected.keys()
     assert max(error(found[key], expected[key]) for key in expected) < 1e-5
