@@ -116,11 +116,13 @@ def test_round_trip_equals_stock_peft(name: str, tmp_path: Path) -> None:
 def test_loaded_model_is_fused(good: Path) -> None:
     loaded = load_adapter(bert(), good)
     batch = batch_for(loaded.get_base_model())
-    layers = [n for n, m in loaded.get_base_model().named_modules() if hasattr(m, "lora_A")]
+    layers = {n: m for n, m in loaded.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert layers and all("forward" in layer.__dict__ for layer in layers.values())
+    # By name, because so small a model is left to PEFT.
+    assert fuse(loaded, backend="aten").fused.keys() == layers.keys()
     with CountOps() as count:
         loaded(**batch)
     assert count.forward > 0
-    assert sorted(fuse(loaded).fused) == sorted(layers)
     unfuse(loaded)
     with CountOps() as count:
         loaded(**batch)
