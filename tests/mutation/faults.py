@@ -273,8 +273,8 @@ FAULTS = [
     Fault(
         "fused: int32 addresses where int64 are needed",
         "fused.py",
-        "(size + 1024) * stride >= 2**31",
-        "(size + 1024) * stride >= 2**50",
+        "if (rows + 1024) * down >= 2**31 or (columns + 1024) * along >= 2**31:",
+        "if (rows + 1024) * down >= 2**50 or (columns + 1024) * along >= 2**50:",
     ),
     Fault(
         "tables: a block of ranks that does not divide the widths",
