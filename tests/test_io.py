@@ -129,6 +129,7 @@ def test_loaded_model_is_fused(good: Path) -> None:
     assert count.forward == 0
 
 
+@pytest.mark.slow
 def test_loads_in_stock_peft_without_heterolora(tmp_path: Path) -> None:
     base = bert()
     base.save_pretrained(tmp_path / "base")

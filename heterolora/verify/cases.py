@@ -13,7 +13,7 @@ from heterolora.verify.shapes import LARGE
 __all__ = ["Case", "parity_cases", "repeat_cases"]
 
 # One of everything: mixed ranks, chunks of a rank above 128, a split sum, shortcuts, dropout.
-_FEW = ("ranks_1_to_4", "rank_160_beside_17", "split_k_wide_n", "shortcuts", "dropout_large")
+_FEW = ("ranks_1_to_4", "rank_160_beside_17", "split_k", "shortcuts", "dropout_large")
 
 
 class Case(NamedTuple):

@@ -86,7 +86,7 @@ LARGE: dict[str, Callable[[Draw], Group]] = {
             "rank_above_sizes": Shape(3, 5, (2, 7), ((0, 24), (1, 64))),
             "many_rows": Shape(131, 17, (19,), ((0, 12),)),
             "split_k": Shape(5, 389, (33,), ((0, 8), (0, 3))),
-            "split_k_wide_n": Shape(2, 1040, (257,), ((0, 16),)),
+            "split_k_wide_n": Shape(2, 300, (257,), ((0, 16),)),
             "all_ranks": Shape(7, 11, (13,), tuple((0, rank) for rank in (1, 3, 7, 12, 17, 24))),
             "shortcuts": Shape(
                 33, 40, (31, 48), ((0, 4), (1, 17)), ((1, 8, 0), (0, 2, 1), (1, 3, 1)), (23, 65)

@@ -177,6 +177,7 @@ def test_svg_is_inline_and_repeats():
     assert "http" not in first and "<metadata" not in first
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_touched_and_matplotlib_only_when_drawing():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from bench_runs import full_run\n"

@@ -55,6 +55,7 @@ def parameters(patterns: list[str] | None, compiled: bool) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_green_case_is_timed_with_what_it_was_and_a_red_one_fails(tmp_path):
     (tmp_path / "fuses_some.py").write_text(PLUGIN, encoding="utf-8")
     path = tmp_path / "out.json"

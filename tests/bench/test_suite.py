@@ -307,6 +307,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_a_rehearsal_needs_nothing_but_torch_transformers_and_peft(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],

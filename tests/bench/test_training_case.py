@@ -74,6 +74,7 @@ def test_minilm_has_its_own_weights_where_they_are_installed(monkeypatch):
     assert not [m for m in real.model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
 
 
+@pytest.mark.slow
 def test_a_case_end_to_end(tmp_path):
     case = dataclasses.replace(TINY, recipe=RECIPE)
     result = runner.run_case(case, device=CPU, rounds=2)

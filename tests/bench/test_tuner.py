@@ -177,6 +177,7 @@ assert abs(share - 48 / 32 * library / ours) < 1e-9 * share, (share, library, ou
 """
 
 
+@pytest.mark.slow
 def test_kernels_are_tuned_in_the_interpreter_and_a_cut_run_goes_on(tmp_path):
     path = tmp_path / "a-cpu.json"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

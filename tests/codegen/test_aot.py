@@ -17,6 +17,7 @@ from heterolora.kernels.mixes import Loop, Mix
 KERNELS = {"pack", "shrink", "expand", "expand_tma", "dy", "dx", "da", "reduce", "score"}
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_as_it_should():
     found = dict(aot.check(quick=True))
     assert {name: problem for name, problem in found.items() if problem is not None} == {}

@@ -208,6 +208,7 @@ def test_twenty_steps_follow_the_same_curve(name):
         assert abs(ours - theirs) <= 1e-5 * abs(theirs)
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(tmp_path):
     """DDP on gloo: each process takes half of the batch that one process takes whole."""
     one, two = train_twice(tmp_path)

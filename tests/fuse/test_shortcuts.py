@@ -283,6 +283,7 @@ def test_copies_do_not_share_sources():
     assert error(model(**two).logits, expected[0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(tmp_path):
     """DDP on gloo, with checkpoints, each process with half of the batch."""
     one, two = train_twice(tmp_path, "shortcuts")

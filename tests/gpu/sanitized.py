@@ -13,7 +13,7 @@ from heterolora.verify.operations import OPERATIONS
 from heterolora.verify.shapes import LARGE
 
 CASES = {
-    "group_linear": ("ranks_17_to_32", "shortcuts", "split_k_wide_n", "dropout_split_k"),
+    "group_linear": ("ranks_17_to_32", "shortcuts", "split_k", "dropout_split_k"),
     "low_rank_add": ("ranks_17_to_32",),
     "group_score": ("ranks_17_to_32",),
 }

@@ -11,6 +11,7 @@ import ddp_search_worker
 import pytest
 
 
+@pytest.mark.slow
 def test_two_processes_decide_as_one(tmp_path):
     """On gloo. What the processes check themselves is in the script."""
     script = str(Path(__file__).parents[1] / "ddp_search_worker.py")
