@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from heterolora.bench.memory import MemoryUse
 from heterolora.bench.parity import Parity
 from heterolora.bench.work import Work
 from heterolora.kernels.devices import cpu_name
+from heterolora.kernels.measured import slug
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -33,6 +33,7 @@ __all__ = [
     "Training",
     "environment",
     "read_run",
+    "slug",
     "write_run",
 ]
 
@@ -173,11 +174,6 @@ def _commit() -> str | None:
 
     head = git("rev-parse", "--short=12", "HEAD")
     return head and (head + "+" if git("status", "--porcelain") else head)
-
-
-def slug(device: str) -> str:
-    """A device name as a folder name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_run(run: BenchRun, path: Path) -> None:
