@@ -23,7 +23,7 @@ from heterolora.bench.parity import (
 )
 from heterolora.bench.steps import SEED, Step, Workload, with_adapters
 from heterolora.search.probe import draw_b
-from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, lora_factors
+from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, branch_factors
 from heterolora.search.scoring import Scorer
 
 __all__ = ["PlainStep", "ScoringStep", "build_step", "check_parity"]
@@ -45,7 +45,7 @@ class PlainStep(Step):
         torch.autograd.backward(self.forward(), self.output_grads)
         return {
             name: sum(self._measured(factor) for factor in pair)
-            for name, pair in lora_factors(self.module).items()
+            for name, pair in branch_factors(self.module).items()
         }
 
     def _measured(self, factor: Tensor) -> float:
@@ -71,7 +71,7 @@ class ScoringStep(Step):
 
     def forward(self) -> list[Tensor]:
         fusion = self.module.__dict__["_heterolora"]
-        fusion.scorer = Scorer(lora_factors(self.module))
+        fusion.scorer = Scorer(branch_factors(self.module))
         try:
             return super().forward()
         finally:
@@ -124,7 +124,7 @@ def check_parity(peft: PlainStep, fused: ScoringStep) -> Parity:
     calls = OpCalls()
     with calls:
         found = fused.scores()
-    candidates = len(lora_factors(fused.module))
+    candidates = len(branch_factors(fused.module))
     measured = calls.adapters["group_score"]
     if measured != candidates:
         return Parity(False, f"{measured} of {candidates} candidates were measured by the op")

@@ -1,6 +1,7 @@
 """One LoRA-adapted shortcut, and those that end at one projection; see `heterolora.shortcuts`."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,11 @@ class Candidate:
     def unit_cost(self) -> int:
         """Parameters per unit of rank: a row of A [r, d] and a column of B [d, r]."""
         return 2 * self.width
+
+    @property
+    def max_rank(self) -> int:
+        """The rank of a [d, d] matrix at most."""
+        return self.width
 
 
 class Shortcut(nn.Module):
@@ -101,6 +107,10 @@ class Attachment:
         self.bound = False
         self.backend: str | None = None
         self._sources = sources
+
+    def __iter__(self) -> Iterator[Shortcut]:
+        """Those in use, in the order of `branches`."""
+        return iter(self.shortcuts)
 
     def branches(self, site: int, x: Tensor) -> list[Branch]:
         """For an op on x [..., k], with the sources of the running pass."""

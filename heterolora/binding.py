@@ -340,9 +340,8 @@ def _dense(members: list[Member], x: Tensor) -> list[Tensor]:
         # A compiler leaves out most of what makes a call slow, and would be asked anew for the one
         # pass that scores.
         return group_linear(x, sites, branches, **_options(branches, x, fusion.backend))
-    # It measures one branch a layer; what it does not see, it takes from the gradients.
-    if fusion.scorer is not None and len(branches) == len(members):
-        names = [member.name for member in members]
+    if fusion.scorer is not None:
+        names = [n for m in members for n in (m.name, *(s.name for s in m.shortcuts or ()))]
         options = _options(branches, x, fusion.backend)
         return fusion.scorer.run(names, x, sites, branches, **options)
     path = fusion.backend

@@ -93,6 +93,10 @@ class RankMasks:
         a, b = self._factors(name)
         return a.shape[1], b.shape[0]
 
+    def scale(self, name: str) -> float:
+        """alpha/R of a layer."""
+        return float(self.layers[name].scaling[self.adapter])
+
     def apply(self, ranks: Mapping[str, int], optimizer: Any = None) -> None:
         """Use every layer at its rank in `ranks`.
 

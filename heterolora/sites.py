@@ -40,6 +40,11 @@ class Site:
         """LoRA parameters per unit of rank: a row of A [r, in] and a column of B [out, r]."""
         return self.in_features + self.out_features
 
+    @property
+    def max_rank(self) -> int:
+        """The rank of W at most, and so of any update of it."""
+        return min(self.in_features, self.out_features)
+
 
 def task_type(model: nn.Module) -> str | None:
     """PEFT's task type of `model`, read from its class name, or None for a plain `PeftModel`.

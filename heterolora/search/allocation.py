@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from heterolora.errors import BudgetError, SearchSpaceError
+from heterolora.errors import SearchSpaceError
 from heterolora.fuse import fuse, unfuse
-from heterolora.search.budget import Budget, check_affordable, normalise, solve
+from heterolora.search.budget import Budget
+from heterolora.search.pools import choose_ranks, make_pools
 from heterolora.search.preserve import preserved, seeded
 from heterolora.search.probe import Feed, attach, draw_b, timed_step
 from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, Batch, Proxy
@@ -169,7 +170,8 @@ def allocate(
     scale = _checked_scaling(scaling)
     seed = _checked_seed(seed)
     sites = find_sites(model, space.target_modules)
-    budget_parameters = _affordable(budget, sites, space)
+    pools = make_pools(sites, [], space.ranks, budget)
+    budget_parameters = sum(pool.parameters for pool in pools)
     probe_rank = min(space.ranks[-1], PROBE_RANK)
 
     start = time.perf_counter()
@@ -194,13 +196,8 @@ def allocate(
                 fuse(probe)
             with feed.progress(f"scoring ({proxy})") as stream:
                 scores = measure(probe, stream)
-            weights = normalise(scores)
-            ranks = solve(
-                sites,
-                [weights[site.name] for site in sites],
-                space.ranks,
-                budget_parameters,
-                seed=seed,
+            ranks = choose_ranks(
+                pools, scores, dict.fromkeys(scores, scale), space.ranks, seed=seed
             )
             seconds = time.perf_counter() - start
             step_seconds = timed_step(probe, feed.first())
@@ -211,7 +208,7 @@ def allocate(
         model,
         sites,
         scores={name: scores[name] for name in names},
-        ranks=dict(zip(names, ranks, strict=True)),
+        ranks={name: ranks[name] for name in names},
         budget_parameters=budget_parameters,
         proxy=proxy,
         seed=seed,
@@ -288,16 +285,3 @@ def _checked_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise SearchSpaceError(f"seed={seed!r}: expected an integer in 0..2**32-1")
     return seed
-
-
-def _affordable(budget: Budget, sites: list[Site], space: SearchSpace) -> int:
-    if not isinstance(budget, Budget):
-        raise BudgetError(f"budget must be a Budget(rank=... or params=...), not {budget!r}")
-    if budget.rank is not None and budget.rank > space.ranks[-1]:
-        raise BudgetError(
-            f"Budget(rank={budget.rank}) is above the largest rank of the search space "
-            f"({space.ranks[-1]}), so it could not be spent; add larger ranks or lower the budget"
-        )
-    parameters = budget.parameters(sites)
-    check_affordable(sites, space.ranks, parameters)
-    return parameters

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Protocol
 
 import numpy as np
 
 from heterolora.errors import BudgetError, DegenerateScoreError, ScoreError, SearchSpaceError
 from heterolora.search.space import MAX_RANK
-from heterolora.sites import Site
 
-__all__ = ["Budget", "check_affordable", "normalise", "rank_options", "solve"]
+__all__ = [
+    "Budget",
+    "Priced",
+    "check_affordable",
+    "log_gains",
+    "normalise",
+    "rank_options",
+    "solve",
+]
 
 # Scores that differ by less than this fraction count as tied, and the seed decides between them.
 _TIE = 1e-9
@@ -20,12 +28,31 @@ _TIE = 1e-9
 _MAX_CELLS = 2 * 2**30
 
 
+class Priced(Protocol):
+    """What may get a rank: a `heterolora.sites.Site`, or a shortcut that a model could have.
+
+    Attributes:
+        name: unique among the candidates.
+        unit_cost: parameters per unit of rank.
+        max_rank: the largest rank that adds expressiveness.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit_cost(self) -> int: ...
+
+    @property
+    def max_rank(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Budget:
     """A limit on LoRA parameters; give exactly one of the two.
 
     Attributes:
-        rank: as many parameters as uniform LoRA of this rank on every candidate module.
+        rank: as many parameters as uniform LoRA of this rank on every candidate.
         params: an absolute number of parameters.
 
     Raises:
@@ -44,22 +71,32 @@ class Budget:
         if self.rank is not None and self.rank > MAX_RANK:
             raise BudgetError(f"Budget(rank={self.rank}): the largest rank is {MAX_RANK}")
 
-    def parameters(self, sites: Sequence[Site]) -> int:
-        """The budget in LoRA parameters over `sites`."""
+    def parameters(self, candidates: Sequence[Priced]) -> int:
+        """The budget in LoRA parameters over `candidates`."""
         if self.params is not None:
             return self.params
         assert self.rank is not None
-        return self.rank * sum(site.unit_cost for site in sites)
+        return self.rank * sum(candidate.unit_cost for candidate in candidates)
 
 
-def rank_options(site: Site, ranks: Sequence[int]) -> list[int]:
-    """The ranks of `ranks` that make sense on `site`.
+def rank_options(candidate: Priced, ranks: Sequence[int]) -> list[int]:
+    """The ranks of `ranks` that make sense on `candidate`.
 
-    A rank above min(in, out) buys parameters but no expressiveness, so it is dropped, unless that
+    A rank above `max_rank` buys parameters but no expressiveness, so it is dropped, unless that
     would leave nothing to choose.
     """
-    limit = min(site.in_features, site.out_features)
-    return [rank for rank in ranks if rank <= limit] or [ranks[0]]
+    return [rank for rank in ranks if rank <= candidate.max_rank] or [ranks[0]]
+
+
+def log_gains(weights: Sequence[float], ranks: Sequence[int]) -> list[list[float]]:
+    """weights[i] * log2(1 + rank): the gains of candidates with one score each.
+
+    Concave in the rank, because spreading rank beats concentrating it at equal parameters (each
+    further direction of an update adds less than the one before). With ranks (0, R) and candidates
+    of equal size the largest total is that of the top scores, the selection rule of HeteroLoRA
+    (arXiv 2406.14956).
+    """
+    return [[float(weight * np.log2(1.0 + rank)) for rank in ranks] for weight in weights]
 
 
 def normalise(scores: Mapping[str, float]) -> dict[str, float]:
@@ -81,78 +118,75 @@ def normalise(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def solve(
-    sites: Sequence[Site],
-    weights: Sequence[float],
+    candidates: Sequence[Priced],
+    gains: Sequence[Sequence[float]],
     ranks: Sequence[int],
     budget: int,
     *,
     seed: int = 0,
 ) -> list[int]:
-    """The rank of every site that spends `budget` best: an exact multiple-choice knapsack.
-
-    Site i at rank r gains ``weights[i] * log2(1 + r)``. The gain is concave in r because spreading
-    rank beats concentrating it at equal parameters (each further direction of an update adds less
-    than the one before); with ranks (0, R) and sites of equal size it reduces to switching on the
-    top scores, the selection rule of HeteroLoRA (arXiv 2406.14956).
+    """The rank of every candidate that spends `budget` best: an exact multiple-choice knapsack.
 
     Among the allocations that use the most parameters within the budget (all of it whenever some
-    combination adds up to it), the one of largest total gain is returned. Scores that agree to a
+    combination adds up to it), the one of largest total gain is returned. Gains that agree to a
     relative 1e-9 are ties: a jitter of that size, drawn from ``numpy.random.default_rng(seed)``,
     orders them, so ties are broken without favouring early layers and the same seed repeats.
 
     Dynamic programming over multiples of the greatest common divisor of all costs: time
-    O(sites x ranks x units), memory one byte per site and unit.
+    O(candidates x ranks x units), memory one byte per candidate and unit.
 
     Args:
-        sites: the candidates.
-        weights: one non-negative finite weight per site, at least one above zero.
+        candidates: what may get a rank.
+        gains: gains[i][j] >= 0 is what rank ranks[j] on candidate i is worth; not all zero. One for
+            a rank above `max_rank` is not used.
         ranks: the ranks to choose from, increasing.
         budget: LoRA parameters.
         seed: breaks ties only.
 
     Raises:
         BudgetError: the budget does not pay for the smallest choice.
-        SearchSpaceError: no rank fits any module, or the sizes share so small a divisor that the
+        SearchSpaceError: no rank fits any candidate, or the sizes share so small a divisor that the
             table would not fit.
     """
-    options, unit, units = check_affordable(sites, ranks, budget)
-    gains = _jittered(np.asarray(weights, dtype=np.float64), seed)
+    options, unit, units = check_affordable(candidates, ranks, budget)
+    worth = _jittered(np.asarray(gains, dtype=np.float64), ranks, seed)
 
-    # best[u]: largest gain of the sites so far that spends exactly u units; -inf if none does.
+    # best[u]: largest gain of the candidates so far that spends exactly u units; -inf if none does.
     best = np.full(units + 1, -np.inf)
     best[0] = 0.0
-    choices = np.zeros((len(sites), units + 1), dtype=np.min_scalar_type(len(ranks)))
-    for i, (site, row) in enumerate(zip(sites, options, strict=True)):
+    choices = np.zeros((len(candidates), units + 1), dtype=np.min_scalar_type(len(ranks)))
+    for i, (candidate, row) in enumerate(zip(candidates, options, strict=True)):
         following = np.full(units + 1, -np.inf)
         for j, rank in enumerate(row):
-            cost = site.unit_cost * rank // unit
+            cost = candidate.unit_cost * rank // unit
             if cost > units:
                 break
-            candidate = best[: units + 1 - cost] + gains[i] * np.log2(1.0 + rank)
-            better = candidate > following[cost:]
-            following[cost:][better] = candidate[better]
+            total = best[: units + 1 - cost] + worth[i, j]
+            better = total > following[cost:]
+            following[cost:][better] = total[better]
             choices[i, cost:][better] = j
         best = following
 
     left = int(np.flatnonzero(np.isfinite(best))[-1])
-    chosen = [0] * len(sites)
-    for i in reversed(range(len(sites))):
+    chosen = [0] * len(candidates)
+    for i in reversed(range(len(candidates))):
         chosen[i] = options[i][choices[i, left]]
-        left -= sites[i].unit_cost * chosen[i] // unit
+        left -= candidates[i].unit_cost * chosen[i] // unit
     return chosen
 
 
 def check_affordable(
-    sites: Sequence[Site], ranks: Sequence[int], budget: int
+    candidates: Sequence[Priced], ranks: Sequence[int], budget: int
 ) -> tuple[list[list[int]], int, int]:
-    """What `solve` needs: (rank options of every site, parameters per unit, units to spend).
+    """What `solve` needs: (rank options of every candidate, parameters per unit, units to spend).
 
     Raises:
         BudgetError, SearchSpaceError: as `solve`; cheap, so call it before paying for scores.
     """
-    options = [rank_options(site, ranks) for site in sites]
+    options = [rank_options(candidate, ranks) for candidate in candidates]
     costs = [
-        [site.unit_cost * rank for rank in row] for site, row in zip(sites, options, strict=True)
+        [candidate.unit_cost * rank for rank in row]
+        for candidate, row in zip(candidates, options, strict=True)
     ]
     cheapest = sum(row[0] for row in costs)
     if cheapest > budget:
@@ -161,8 +195,8 @@ def check_affordable(
             f"({cheapest} parameters); raise the budget or add rank 0 to the search space"
         )
     adapters = [
-        (cost, site.name)
-        for site, row in zip(sites, costs, strict=True)
+        (cost, candidate.name)
+        for candidate, row in zip(candidates, costs, strict=True)
         for cost in row
         if cost > 0
     ]
@@ -178,18 +212,21 @@ def check_affordable(
         )
     unit = gcd(*(cost for row in costs for cost in row))
     units = min(budget, sum(row[-1] for row in costs)) // unit
-    if len(sites) * (units + 1) > _MAX_CELLS:
-        odd = min(sites, key=lambda site: site.unit_cost & -site.unit_cost)
+    if len(candidates) * (units + 1) > _MAX_CELLS:
+        odd = min(candidates, key=lambda candidate: candidate.unit_cost & -candidate.unit_cost)
         raise SearchSpaceError(
-            f"{len(sites)} modules and {units} budget units of {unit} parameters are too many to "
-            f"search exactly; leave out modules of odd size (such as {odd.name!r}, "
-            f"{odd.in_features} + {odd.out_features}), or choose ranks with a larger common factor"
+            f"{len(candidates)} modules and {units} budget units of {unit} parameters are too many "
+            f"to search exactly; leave out modules of odd size (such as {odd.name!r}, "
+            f"{odd.unit_cost} parameters per unit of rank), or choose ranks with a larger common "
+            "factor"
         )
     return options, unit, units
 
 
-def _jittered(weights: np.ndarray, seed: int) -> np.ndarray:
-    noise = np.random.default_rng(seed).random(len(weights))
-    # Zero weights stay below every positive one, yet are ordered by the seed too.
-    smallest = weights[weights > 0].min()
-    return np.where(weights > 0, weights * (1.0 + _TIE * noise), _TIE * smallest * noise)
+def _jittered(gains: np.ndarray, ranks: Sequence[int], seed: int) -> np.ndarray:
+    """Gains [candidates, ranks] without ties between candidates."""
+    noise = np.random.default_rng(seed).random((len(gains), 1))
+    # A candidate that gains nothing stays below all others, yet is ordered by the seed too.
+    smallest = gains[gains > 0].min()
+    nothing = _TIE * smallest * noise * np.log2(1.0 + np.asarray(ranks, dtype=np.float64))
+    return np.where(gains.max(axis=1, keepdims=True) > 0, gains * (1.0 + _TIE * noise), nothing)

@@ -13,8 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from heterolora.errors import BudgetError, ModelError, SearchSpaceError, TrainingError
 from heterolora.masks import RankMasks, parked_count
-from heterolora.search.budget import Budget, check_affordable, normalise, solve
+from heterolora.search.budget import Budget
 from heterolora.search.masks_file import SavedSearch, read_search, write_search
+from heterolora.search.pools import Pool, choose_ranks, make_pools
 from heterolora.search.preserve import buffers_kept, seeded
 from heterolora.search.probe import nonzero_b
 from heterolora.search.proxies import PROXIES, Batch
@@ -165,7 +166,7 @@ class DynamicSearchCallback(TrainerCallback):
         self._model: Any = None
         self._sites: list[Site] = []
         self._choices: tuple[int, ...] = ()
-        self._parameters = 0
+        self._pools: list[Pool] = []
         self._steps = 0
         self._ever: dict[str, int] = {}
         self._to_check = True
@@ -268,18 +269,16 @@ class DynamicSearchCallback(TrainerCallback):
                 f"ranks go up to {self._choices[-1]}, and the model's adapter has rank "
                 f"{masks.full_rank}: adapt it with the largest rank a module may get"
             )
-        if self.budget.rank is not None and self.budget.rank > self._choices[-1]:
-            raise BudgetError(
-                f"Budget(rank={self.budget.rank}) is above the largest rank a module may get "
-                f"({self._choices[-1]}), so it could not be spent"
-            )
-        self._parameters = self.budget.parameters(self._sites)
-        check_affordable(self._sites, self._choices, self._parameters)
+        self._pools = make_pools(self._sites, [], self._choices, self.budget)
         if self.warmup == "uniform" and self.warmup_epochs and not self._uniform_rank():
             raise BudgetError(
                 f"a budget of {self._parameters} parameters does not pay for rank 1 on every "
                 'module; take warmup="constant" or a larger budget'
             )
+
+    @property
+    def _parameters(self) -> int:
+        return sum(pool.parameters for pool in self._pools)
 
     def _uniform_rank(self) -> int:
         assert self.masks is not None
@@ -307,26 +306,19 @@ class DynamicSearchCallback(TrainerCallback):
                     batches = self._samples.take(loader, size, own)
                 with buffers_kept(self._model), nonzero_b(self._model, proxy, self.seed):
                     scores = agreed_scores(PROXIES[proxy], self._model, batches)
-            weights = normalise(scores)
-            ranks = solve(
-                self._sites,
-                [weights[site.name] for site in self._sites],
-                self._choices,
-                self._parameters,
-                seed=own,
-            )
+            scales = {name: masks.scale(name) for name in scores}
+            chosen = choose_ranks(self._pools, scores, scales, self._choices, seed=own)
         except BaseException:
             masks.apply(before, optimizer)
             raise
-        chosen = {site.name: rank for site, rank in zip(self._sites, ranks, strict=True)}
         masks.apply(chosen, optimizer)
         self.rankings.append(Ranking(step, proxy, scores, chosen))
         logger.info(
             "step %d: by %s %d of %d modules in use with %d parameters, %d of them as before",
             step,
             proxy,
-            sum(map(bool, ranks)),
-            len(ranks),
+            sum(map(bool, chosen.values())),
+            len(chosen),
             self._count(chosen),
             sum(bool(rank) and rank == before[name] for name, rank in chosen.items()),
         )

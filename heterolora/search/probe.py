@@ -17,7 +17,7 @@ from heterolora.search.proxies import (
     NEEDS_NONZERO_B,
     Batch,
     batch_loss,
-    lora_factors,
+    branch_factors,
     model_device,
 )
 
@@ -55,14 +55,14 @@ def draw_b(model: nn.Module, seed: int, std: float = PROBE_B_STD) -> None:
     """Fill every LoRA B with N(0, std^2), the same numbers for the same seed on any device."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, (_, b) in sorted(lora_factors(model).items()):
+        for _, (_, b) in sorted(branch_factors(model).items()):
             b.copy_(torch.randn(b.shape, generator=generator) * std)
 
 
 @contextmanager
 def nonzero_b(model: nn.Module, proxy: str, seed: int) -> Iterator[None]:
     """`draw_b` for a proxy that is zero where every B is zero, as here; zero again on exit."""
-    factors = [b for _, b in lora_factors(model).values()] if proxy in NEEDS_NONZERO_B else []
+    factors = [b for _, b in branch_factors(model).values()] if proxy in NEEDS_NONZERO_B else []
     if not factors or any(bool(b.detach().any()) for b in factors):
         yield
         return
@@ -114,7 +114,7 @@ def timed_step(model: nn.Module, batch: Batch) -> float:
     """Wall seconds of one training step (forward, backward, AdamW), after one untimed step."""
     device = model_device(model)
     model.train()
-    adapter = [p for pair in lora_factors(model).values() for p in pair]
+    adapter = [p for pair in branch_factors(model).values() for p in pair]
     optimizer = torch.optim.AdamW(adapter, lr=1e-4)
     elapsed = 0.0
     for _ in range(2):

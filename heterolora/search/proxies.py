@@ -1,10 +1,11 @@
-"""Saliency proxies: one number per LoRA module, larger meaning more worth its parameters.
+"""Saliency proxies: one number per low-rank branch, larger meaning more worth its parameters.
 
-Every proxy takes a model that already carries LoRA layers (one active adapter) and batches with
-labels, and returns {module name in the base model: score}. Gradients are summed over the batches,
-not averaged, in training mode, as in HeteroLoRA (arXiv 2406.14956 and its official code). Modes and
-`.grad` are put back afterwards; what a training-mode forward itself changes (BatchNorm statistics,
-RNG state) is not: `heterolora.allocate` preserves that too.
+Every proxy takes a model that already carries LoRA layers (one active adapter), and may carry
+shortcuts, and batches with labels. It returns {name: score}, a LoRA branch going by its module's
+name in the base model, a shortcut by its own, "<projection>:<kind>". Gradients are summed over the
+batches, not averaged, in training mode, as in HeteroLoRA (arXiv 2406.14956 and its official code).
+Modes and `.grad` are put back afterwards; what a training-mode forward itself changes (BatchNorm
+statistics, RNG state) is not: `heterolora.allocate` preserves that too.
 
 With `reduce`, which adds up a list of tensors over processes in place, the sums are over the
 batches of all of them. It is called at most once.
@@ -24,6 +25,7 @@ from torch import nn
 from heterolora.errors import DataError, DegenerateScoreError, ModelError, ScoreError
 from heterolora.kernels.spec import BranchScore
 from heterolora.search.scoring import Scorer, fused, measured, with_last
+from heterolora.shortcuts import Shortcuts
 
 __all__ = [
     "NEEDS_NONZERO_B",
@@ -32,9 +34,9 @@ __all__ = [
     "Proxy",
     "Reduce",
     "batch_loss",
+    "branch_factors",
     "constant",
     "grad_norm",
-    "lora_factors",
     "model_device",
     "snip",
     "synflow",
@@ -61,8 +63,8 @@ def model_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def lora_factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """(A [r, in], B [out, r]) of the active adapter of every LoRA layer, by base-model name.
+def branch_factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """(A [r, in], B [out, r]) of the active adapter of every LoRA layer, and of every shortcut.
 
     Raises:
         ModelError: the model has no LoRA layer, or not exactly one active adapter.
@@ -79,14 +81,16 @@ def lora_factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter
         factors[name] = (module.lora_A[active[0]].weight, module.lora_B[active[0]].weight)
     if not factors:
         raise ModelError(f"{type(model).__name__} carries no LoRA layer to score")
+    for shortcut in Shortcuts.of(model) or ():
+        factors[shortcut.name] = (shortcut.a, shortcut.b)
     return factors
 
 
 def constant(
     model: nn.Module, batches: Iterable[Batch], *, reduce: Reduce | None = None
 ) -> dict[str, float]:
-    """1 for every module, so sizes and the seed decide: the control every other proxy must beat."""
-    return dict.fromkeys(lora_factors(model), 1.0)
+    """1 for every branch, so sizes and the seed decide: the control every other proxy must beat."""
+    return dict.fromkeys(branch_factors(model), 1.0)
 
 
 def grad_norm(
@@ -137,7 +141,7 @@ def synflow(
     batch = next(iter(batches), None)
     if batch is None:
         raise DataError("no batches to score with: the iterable is empty")
-    factors = lora_factors(model)
+    factors = branch_factors(model)
     scored = {id(factor) for pair in factors.values() for factor in pair}
     tensors: dict[str, torch.Tensor] = {}
     leaves: dict[int, torch.Tensor] = {}
@@ -245,7 +249,7 @@ def _scores(
     """Statistics of the summed gradients. Those of the last batch are measured, not written, unless
     other processes' gradients have yet to be added.
     """
-    factors = lora_factors(model)
+    factors = branch_factors(model)
     scorer = Scorer(factors)
     count = 0
     with (
@@ -299,7 +303,7 @@ def _on_host(
 
 
 def _require_nonzero_b(model: nn.Module, proxy: str) -> None:
-    if not any(bool(b.detach().any()) for _, b in lora_factors(model).values()):
+    if not any(bool(b.detach().any()) for _, b in branch_factors(model).values()):
         raise DegenerateScoreError(
             f"every LoRA B is zero, where {proxy} is zero for every module; score with a small "
             "random B (as `heterolora.allocate` does) or use grad-norm"

@@ -34,8 +34,8 @@ class Scorer:
     """The statistics of one backward pass, whose forward pass it accompanies.
 
     Args:
-        factors: (A [r, in], B [out, r]) by layer name; their `.grad` holds the sums of earlier
-            batches, which the statistics include.
+        factors: (A [r, in], B [out, r]) by the branch's name; their `.grad` holds the sums of
+            earlier batches, which the statistics include.
     """
 
     def __init__(self, factors: Factors) -> None:
@@ -59,7 +59,7 @@ class Scorer:
         branches: list[Branch],
         **options: Any,
     ) -> list[Tensor]:
-        """`group_linear` of these layers, one branch each, with its options."""
+        """`group_linear` of these branches, with its options."""
         return group_linear_scored(
             x,
             sites,

@@ -8,7 +8,7 @@ from heterolora.bench import scoring
 from heterolora.bench.parity import OpCalls
 from heterolora.bench.steps import twin, uniform_ranks
 from heterolora.bench.workloads import bert
-from heterolora.search.proxies import lora_factors
+from heterolora.search.proxies import branch_factors
 
 LAYERS = 2
 # q, k and v read one x; the attention output, up and down read one each.
@@ -61,7 +61,7 @@ def test_the_plain_route_and_the_floor_use_none_of_our_ops(load):
 def test_b_is_what_the_search_makes_it(load):
     for proxy in ("grad-norm", "snip"):
         for step in built(load, proxy):
-            largest = max(b.abs().max().item() for _, b in lora_factors(step.module).values())
+            largest = max(b.abs().max().item() for _, b in branch_factors(step.module).values())
             assert (largest > 0) == (proxy == "snip")
 
 
@@ -95,5 +95,5 @@ def test_memory_meters_see_a_pass_that_scores(load):
         (loss,) = fused.forward()
     assert fused.module.__dict__["_heterolora"].scorer is None
     loss.backward()
-    assert all(f.grad is None for pair in lora_factors(fused.module).values() for f in pair)
+    assert all(f.grad is None for pair in branch_factors(fused.module).values() for f in pair)
     assert kept

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from heterolora.search.budget import solve
+from heterolora.search.budget import log_gains, solve
 from heterolora.search.probe import draw_b
 from heterolora.search.proxies import PROXIES
 from heterolora.sites import Site
@@ -175,7 +175,7 @@ def test_selection_is_the_top_quarter_with_ties_by_the_seed(kinds, seed):
     sites = [Site(str(i), 1024, 1024) for i in range(48)]
     draw = np.random.default_rng(100 + seed)
     scores = (1.0 + draw.integers(0, kinds, 48)).tolist()
-    ranks = solve(sites, scores, (0, 32), 12 * 32 * 2048, seed=seed)
+    ranks = solve(sites, log_gains(scores, (0, 32)), (0, 32), 12 * 32 * 2048, seed=seed)
     found = {i for i, rank in enumerate(ranks) if rank}
     assert len(found) == 12 and set(ranks) == {0, 32}
     assert found == chosen_by_sorting(scores, 12, seed)
@@ -190,7 +190,7 @@ def test_constant_draws_every_module_equally_often(subject):
     draws = 400
     times = np.zeros(8)
     for seed in range(draws):
-        ranks = solve(sites, [1.0] * 8, (0, 4), 2 * 4 * 128, seed=seed)
+        ranks = solve(sites, log_gains([1.0] * 8, (0, 4)), (0, 4), 2 * 4 * 128, seed=seed)
         assert sum(map(bool, ranks)) == 2
         times += [bool(rank) for rank in ranks]
     # A fair draw is binomial: n = 400, p = 1/4. The seeds are fixed, so this holds or does not.

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from heterolora import fuse
 from heterolora.errors import ScoreError
 from heterolora.search.probe import draw_b
-from heterolora.search.proxies import PROXIES, lora_factors
+from heterolora.search.proxies import PROXIES, branch_factors
 from heterolora.search.scoring import with_last
 
 GRADIENT_PROXIES = ["grad-norm", "snip"]
@@ -40,7 +40,7 @@ def plain(model, batches, proxy):
     for batch in batches:
         twin(**batch)["loss"].backward()
     scores = {}
-    for name, pair in lora_factors(twin).items():
+    for name, pair in branch_factors(twin).items():
         scores[name] = 0.0
         for factor in pair:
             if factor.grad is None:
@@ -99,7 +99,7 @@ def test_one_transfer_for_all_scores(subject):
     model, made = adapted(subject, "opt", b_std=0.0)
     batches = made.batches(2)
     groups = fuse(model, example=batches[0], backend="aten").groups
-    count = len(lora_factors(model)) - sum(len(names) - 1 for names in groups)
+    count = len(branch_factors(model)) - sum(len(names) - 1 for names in groups)
     with CountOps() as own:
         for batch in batches:
             model(**batch)
@@ -240,7 +240,7 @@ def test_gradients_already_there_count_for_nothing_and_stay():
     model = toy()
     batches = toy_batches((), ())
     expected = PROXIES["grad-norm"](model, batches)
-    factors = [factor for pair in lora_factors(model).values() for factor in pair]
+    factors = [factor for pair in branch_factors(model).values() for factor in pair]
     for factor in factors:
         factor.grad = torch.full_like(factor, 7.0)
     kept = [factor.grad for factor in factors]
@@ -288,7 +288,7 @@ def test_a_fusion_of_the_user_is_kept(fails):
     with ScoredBranches() as mode:
         model(**batches[0])["loss"].backward()
     assert mode.count == 0
-    assert all(f.grad is not None for pair in lora_factors(model).values() for f in pair)
+    assert all(f.grad is not None for pair in branch_factors(model).values() for f in pair)
 
 
 def test_with_last():

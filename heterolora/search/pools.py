@@ -1,0 +1,101 @@
+"""Which candidates compete for which budget, and who gets what of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from heterolora.errors import BudgetError
+from heterolora.search.budget import (
+    Budget,
+    Priced,
+    check_affordable,
+    log_gains,
+    normalise,
+    solve,
+)
+
+__all__ = ["Pool", "choose_ranks", "make_pools"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidates that share one budget.
+
+    Attributes:
+        candidates: sites, shortcuts, or both.
+        parameters: LoRA parameters to spend.
+    """
+
+    candidates: tuple[Priced, ...]
+    parameters: int
+
+
+def make_pools(
+    sites: Sequence[Priced],
+    shortcuts: Sequence[Priced],
+    ranks: Sequence[int],
+    budget: Budget,
+    shortcut_budget: Budget | None = None,
+) -> list[Pool]:
+    """One pool of everything (HeteroLoRA's `combined`), or with a second budget one of the sites
+    and one of the shortcuts (`separated`).
+
+    Raises:
+        BudgetError: a budget is not a Budget, buys nothing, or is of a rank above the largest.
+        SearchSpaceError: as `heterolora.search.budget.solve`.
+    """
+    if shortcut_budget is None:
+        return [_pool("budget", [*sites, *shortcuts], ranks, budget)]
+    if not shortcuts:
+        raise BudgetError("shortcut_budget is given, and the search space has no shortcuts")
+    return [
+        _pool("budget", sites, ranks, budget),
+        _pool("shortcut_budget", shortcuts, ranks, shortcut_budget),
+    ]
+
+
+def choose_ranks(
+    pools: Sequence[Pool],
+    scores: Mapping[str, float],
+    scales: Mapping[str, float],
+    ranks: Sequence[int],
+    *,
+    seed: int = 0,
+) -> dict[str, int]:
+    """{name: rank}: in every pool the ranks that spend its budget best by `scores`.
+
+    A score counts per unit of scale: the gradients of A and B are proportional to alpha/r, so with
+    other scales for shortcuts (HeteroLoRA: 0.5, and 2 for LoRA) the raw scores would compare the
+    scales.
+
+    Args:
+        scores: of every candidate.
+        scales: alpha/r of every candidate, at the rank it was scored with.
+        ranks: to choose from.
+        seed: breaks ties only.
+
+    Raises:
+        ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`, for each pool.
+    """
+    chosen: dict[str, int] = {}
+    for pool in pools:
+        names = [candidate.name for candidate in pool.candidates]
+        weights = normalise({name: scores[name] / scales[name] for name in names})
+        gains = log_gains(list(weights.values()), ranks)
+        found = solve(pool.candidates, gains, ranks, pool.parameters, seed=seed)
+        chosen.update(zip(names, found, strict=True))
+    return chosen
+
+
+def _pool(label: str, candidates: Sequence[Priced], ranks: Sequence[int], budget: Budget) -> Pool:
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"{label} must be a Budget(rank=... or params=...), not {budget!r}")
+    if budget.rank is not None and budget.rank > ranks[-1]:
+        raise BudgetError(
+            f"Budget(rank={budget.rank}) is above the largest rank to choose from ({ranks[-1]}), "
+            "so it could not be spent; add larger ranks or lower the budget"
+        )
+    parameters = budget.parameters(candidates)
+    check_affordable(candidates, ranks, parameters)
+    return Pool(tuple(candidates), parameters)
