@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from heterolora.errors import BudgetError
@@ -61,6 +62,7 @@ def choose_ranks(
     scales: Mapping[str, float],
     ranks: Sequence[int],
     *,
+    required: Collection[str] = (),
     seed: int = 0,
 ) -> dict[str, int]:
     """{name: rank}: in every pool the ranks that spend its budget best by `scores`.
@@ -73,16 +75,21 @@ def choose_ranks(
         scores: of every candidate.
         scales: alpha/r of every candidate, at the rank it was scored with.
         ranks: to choose from.
+        required: candidates that must get a rank above 0.
         seed: breaks ties only.
 
     Raises:
         ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`, for each pool.
+        BudgetError: the budget does not pay for what is required.
     """
     chosen: dict[str, int] = {}
     for pool in pools:
         names = [candidate.name for candidate in pool.candidates]
         weights = normalise({name: scores[name] / scales[name] for name in names})
         gains = log_gains(list(weights.values()), ranks)
+        for name, row in zip(names, gains, strict=True):
+            if name in required and ranks[0] == 0:
+                row[0] = -math.inf
         found = solve(pool.candidates, gains, ranks, pool.parameters, seed=seed)
         chosen.update(zip(names, found, strict=True))
     return chosen
