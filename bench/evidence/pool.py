@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -32,7 +33,7 @@ class Outcome:
     trace: str = ""
 
 
-def work_off(runs: Sequence[Run], data: Path, workers: int) -> Iterator[Outcome]:
+def work_off(runs: Sequence[Run], data: Path, workers: int) -> Generator[Outcome, None, None]:
     """The outcomes as they come. A worker does run after run, for importing takes seconds.
 
     The workers end when the iterator is closed, also in the middle of their runs. One that dies
@@ -87,6 +88,8 @@ def _work(connection: Connection, data: Path) -> None:
     from heterolora.bench.evidence.trial import Trials
     from heterolora.errors import HeteroLoraError
 
+    # Of libraries, about themselves, in every run.
+    warnings.filterwarnings("ignore", module="peft|transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)

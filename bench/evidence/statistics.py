@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["RESAMPLES", "Difference", "paired_difference", "spread"]
+__all__ = ["FEWEST", "RESAMPLES", "Difference", "paired_difference", "spread"]
 
 RESAMPLES = 10_000
+# Of four differences or fewer, all have one sign by chance in an eighth of the cases or more.
+FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Difference:
     Attributes:
         pairs: number of seeds.
         mean: of arm minus other.
-        low, high: 95 % interval of the mean; None with fewer than three pairs.
+        low, high: 95 % interval of the mean; None with fewer than `FEWEST` pairs.
     """
 
     pairs: int
@@ -59,7 +61,7 @@ def paired_difference(
     if not seeds:
         return None
     found = np.asarray([arm[s] - other[s] for s in seeds], dtype=np.float64)
-    if len(found) < 3:
+    if len(found) < FEWEST:
         return Difference(len(found), float(found.mean()), None, None)
     rows = np.random.default_rng(seed).integers(0, len(found), (RESAMPLES, len(found)))
     low, high = np.percentile(found[rows].mean(axis=1), (2.5, 97.5))

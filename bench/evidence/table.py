@@ -9,6 +9,7 @@ from typing import Any
 
 from heterolora.bench.evidence.arms import ARMS
 from heterolora.bench.evidence.statistics import (
+    FEWEST,
     RESAMPLES,
     Difference,
     paired_difference,
@@ -69,13 +70,13 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
             beyond += sum(d.beyond_noise for d in judged)
         lines.append("")
     lines += [
-        f"Mean ± standard deviation over seeds. Differences are paired by seed, with the 95 % "
-        f"interval of {RESAMPLES:,} bootstrap resamples of the seeds; bold: it leaves out zero. "
-        f"That is so for {beyond} of {compared} comparisons. With five seeds it also happens in at "
-        "least 1 of 16 comparisons of arms that do not differ. Parameters are those of the adapter "
-        "in use at the end, where it had others on the way (ever trained) or is saved with others "
-        "(stored) these follow. Every arm trains the same head in full too. A run that diverged "
-        "has no loss and is left out of the means; seeds says so.",
+        f"Mean ± standard deviation over seeds. Differences are paired by seed; from {FEWEST} seeds "
+        f"on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the seeds, bold where it "
+        f"leaves out zero: {beyond} of {compared} comparisons. Of arms that do not differ, at least 1 "
+        f"of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. Parameters are those of the "
+        "adapter in use at the end; where more had been trained, or other numbers are saved, these "
+        "follow. Beside it every arm trains the same head in full. A run that diverged has no loss "
+        "and is left out of the means; the column of seeds says so.",
         "",
     ]
     return "\n".join(lines)
