@@ -165,7 +165,7 @@ ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("uniform", "uniform", "the same rank everywhere", _uniform),
-        Arm("random", "uniform", "ranks of random scores", allocated("constant")),
+        Arm("random", "uniform", "all scores 1: sizes and seed decide", allocated("constant")),
         Arm(
             "random-onoff",
             "on-off",

@@ -70,13 +70,14 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
             beyond += sum(d.beyond_noise for d in judged)
         lines.append("")
     lines += [
-        f"Mean ± standard deviation over seeds. Differences are paired by seed; from {FEWEST} seeds "
-        f"on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the seeds, bold where it "
-        f"leaves out zero: {beyond} of {compared} comparisons. Of arms that do not differ, at least 1 "
-        f"of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. Parameters are those of the "
-        "adapter in use at the end; where more had been trained, or other numbers are saved, these "
-        "follow. Beside it every arm trains the same head in full. A run that diverged has no loss "
-        "and is left out of the means; the column of seeds says so.",
+        "Mean ± standard deviation over seeds. Differences are paired by seed, from "
+        f"{FEWEST} seeds on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the "
+        f"seeds, bold where it leaves out zero: {beyond} of {compared} comparisons. Of arms that "
+        f"do not differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
+        "Parameters are those of the adapter in use at the end; where more had been trained, or "
+        "other numbers are saved, these follow. Beside it every arm trains the same head in full. "
+        "A run that diverged has no loss and is left out of the means; the column of seeds says "
+        "so.",
         "",
     ]
     return "\n".join(lines)

@@ -51,7 +51,8 @@ class Trials:
         """The result of a run, ready for JSON.
 
         ``loss`` and the task's metric are of the test rows, or of the held-out rows of a "choice"
-        run, and None where the loss is not finite. Seconds come in pairs: ``wall``, and ``cpu`` of
+        run, and None where the loss is not finite. ``fused_modules`` is None for an arm that
+        `FuseCallback` is not for. Seconds come in pairs: ``wall``, and ``cpu`` of
         this process, which does not depend on what else the machine does.
 
         Raises:
@@ -190,8 +191,8 @@ def _batches(
     return [dict(collate(drawn[start : start + size])) for start in starts]
 
 
-def _fused(callback: FuseCallback | None) -> int:
-    return len(callback.report.fused) if callback and callback.report else 0
+def _fused(callback: FuseCallback | None) -> int | None:
+    return len(callback.report.fused) if callback and callback.report else None
 
 
 def _finite(value: float) -> float | None:
