@@ -29,10 +29,21 @@ def model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
+class Results(dict):
+    """{arm: result}, each run when it is asked for first."""
+
+    def __init__(self, trials, model):
+        super().__init__()
+        self.trials, self.model = trials, model
+
+    def __missing__(self, name):
+        self[name] = self.trials.run(a_run(self.model, arm=name))
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def results(trials, model):
-    """{arm: result}, each run once."""
-    return {name: trials.run(a_run(model, arm=name)) for name in ARMS}
+    return Results(trials, model)
 
 
 @pytest.mark.parametrize("name", ARMS)
