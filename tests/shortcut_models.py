@@ -53,7 +53,7 @@ def with_shortcuts(
     kinds: tuple[str, ...] = KINDS,
     targets: list[str] | None = None,
     weighty: bool = True,
-    ranks: dict[str, int] | None = None,
+    ranks: dict[str, int] | int | None = None,
 ) -> torch.nn.Module:
     """LoRA on every linear layer, or on the targets, and shortcuts of mixed ranks.
 
