@@ -91,6 +91,7 @@ def test_the_best_checkpoint(tmp_path):
         metric_for_best_model="loss",
         greater_is_better=True,
         learning_rate=0.1,
+        num_train_epochs=2,
     )
     best, final = trainer.state.best_global_step, weights(model)
     assert best < max(seen)
