@@ -164,6 +164,23 @@ def test_a_shortcut_that_is_off_is_no_branch_and_asks_for_no_source(fused, targe
     assert torch.equal(logits, model(**batch).logits)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradient_checkpointing(reentrant, fused):
+    model, masks, ranks = masked("llama")
+    # Of the two cross-ffn, whose source goes through a checkpoint, one is off.
+    first, second = (name for name in masks.shortcuts if name.endswith("cross-ffn"))
+    masks.apply({**ranks, first: 0, second: 3})
+    batch = batch_for(model)
+    if fused:
+        heterolora.fuse(model, backend="aten", example=batch)
+    _, expected = step(model, batch)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    _, grads = step(model, batch)
+    assert same(expected, grads)
+
+
 def test_fused_shapes_are_those_of_the_branches():
     model, masks, ranks = masked()
     masks.apply(ranks)

@@ -125,6 +125,7 @@ class DynamicSearchCallback(TrainerCallback):
             torch.compile, fp16, DDP that expects every gradient, an optimizer whose state cannot be
             split), or a checkpoint without or with another search. `GraphedTrainer` runs its steps
             without CUDA graphs.
+        AdapterFileError: as `heterolora.ShortcutCallback`.
         ScoreError: a loss or score is not finite; the model is put back as it was.
     """
 

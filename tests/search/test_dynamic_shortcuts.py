@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 import heterolora
 from heterolora import Budget, DynamicSearchCallback, ShortcutCallback, load_adapter
-from heterolora.errors import BudgetError, ModelError, TrainingError
+from heterolora.errors import AdapterFileError, BudgetError, ModelError, TrainingError
 from heterolora.masks import parked_count
 from heterolora.search import save_enabled
 
@@ -209,16 +209,23 @@ def test_counts_and_what_is_stored(tmp_path):
     search.masks.apply({name: R - rank for name, rank in off.items()})
     with pytest.raises(ModelError, match=r"no LoRA layer.*heterolora.save_adapter"):
         save_enabled(model, tmp_path / "cut")
+    search.masks.lift()
+    with torch.no_grad():
+        next(iter(model.low_rank_shortcuts)).b[0, 0] = float("nan")
+    with pytest.raises(AdapterFileError, match="in-attn: B holds NaN"):
+        save_enabled(model, tmp_path / "nan")
+    assert not (tmp_path / "nan").exists()
 
 
-def test_checkpoints_hold_what_the_model_computes(tmp_path):
+@pytest.mark.parametrize("more", [[], [ShortcutCallback()]], ids=["alone", "both"])
+def test_checkpoints_hold_what_the_model_computes(tmp_path, more):
     """Also the best one, whose ranks are not the last ones."""
     search = DynamicSearchCallback(HALF, proxy="constant", every=0.5)
     model, trainer = run(
         tmp_path,
         search,
         shortcuts=True,
-        more=[ShortcutCallback()],
+        more=more,
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=4,
