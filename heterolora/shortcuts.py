@@ -112,9 +112,10 @@ def add_shortcuts(
     """Put LoRA-adapted shortcuts on the layers of a model, in place; B = 0, so nothing changes yet.
 
     The parameters are children of the model, trainable, and saved by `save_adapter` and, in
-    Trainer's checkpoints, by `heterolora.ShortcutCallback`, not by `save_pretrained`. A model that is fused stays so: each shortcut is one more branch of the op of
-    its projection. Shortcuts run while the adapters are enabled, whichever is active. They cannot
-    be merged: `merge_and_unload` and `unload` drop them.
+    Trainer's checkpoints, by `heterolora.ShortcutCallback`, not by `save_pretrained`. A model that
+    is fused stays so: each shortcut is one more branch of the op of its projection. Shortcuts run
+    while the adapters are enabled, whichever is active. They cannot be merged: `merge_and_unload`
+    and `unload` drop them.
 
     Args:
         model: a PeftModel with LoRA, or a transformers model with LoRA layers injected, of the
