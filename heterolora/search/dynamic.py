@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +18,18 @@ from heterolora.search.pools import Pool, choose_ranks, make_pools
 from heterolora.search.preserve import buffers_kept, seeded
 from heterolora.search.probe import nonzero_b
 from heterolora.search.proxies import PROXIES, Batch
+from heterolora.search.rankings import ParameterCounts, Ranking
 from heterolora.search.samples import Samples, agreed_scores, derived_seed
 from heterolora.search.space import SearchSpace
 from heterolora.search.surroundings import dynamic_reason, length, unwrapped
 from heterolora.shortcut_checkpoints import ShortcutCallback, resumed_folder, saved_folder
 from heterolora.sites import Site
 
-__all__ = ["DynamicSearchCallback", "ParameterCounts", "Ranking"]
+__all__ = ["DynamicSearchCallback"]
 
 logger = logging.getLogger("heterolora")
 
 _WARMUPS = ("all", "uniform", "constant")
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """LoRA parameters (values in A and B, of shortcuts too), counted three ways.
-
-    Attributes:
-        enabled: in use now.
-        ever_trained: in use during at least one optimizer step so far, this one's included.
-        stored: in the adapter that `heterolora.search.save_enabled` writes now. PEFT's own
-            `save_pretrained` writes the full rank of every module, zeros included.
-    """
-
-    enabled: int
-    ever_trained: int
-    stored: int
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """One decision.
-
-    Attributes:
-        step: optimizer steps done before it.
-        proxy: what scored.
-        scores: {name of a module or shortcut: score}, as the proxy gave them.
-        ranks: {name of a module or shortcut: rank in use from then on}.
-    """
-
-    step: int
-    proxy: str
-    scores: dict[str, float]
-    ranks: dict[str, int]
 
 
 class DynamicSearchCallback(TrainerCallback):
