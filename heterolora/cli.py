@@ -322,7 +322,7 @@ def _emit(args: argparse.Namespace, result: Any, lines: Sequence[Any]) -> None:
 
 
 def _rank_table(ranks: dict[str, int]) -> Any:
-    """Ranks as a table of layer by module; a module outside the layers has a row of its own."""
+    """Ranks as a table of layer by module or shortcut; the rest has a row of its own."""
     from rich.table import Table
 
     cells: dict[str, dict[str, int]] = {}
@@ -330,12 +330,14 @@ def _rank_table(ranks: dict[str, int]) -> Any:
     for name, rank in ranks.items():
         match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
         layer, column = (match.group(1), match.group(2)) if match else ("-", name)
+        # Of a shortcut its kind, which says where it ends.
+        column = column.rpartition(":")[2]
         cells.setdefault(layer, {})[column] = rank
         columns[column] = None
     table = Table(title="rank by layer and module")
     table.add_column("layer", justify="right")
     for column in columns:
-        table.add_column(column.replace(".", ".\n"), justify="right")
+        table.add_column(re.sub(r"([.-])", r"\1\n", column), justify="right")
     for layer, row in cells.items():
         table.add_row(layer, *(str(row.get(column, "")) for column in columns))
     return table

@@ -27,6 +27,7 @@ from heterolora.data import TokenizedData
 from heterolora.errors import FuseError, TrainingError
 from heterolora.fuse import FuseReport, fuse, unfuse
 from heterolora.io import save_adapter
+from heterolora.shortcut_checkpoints import ShortcutCallback
 from heterolora.trainers import WatchedGraphedTrainer, WatchedTrainer, constant_length, graph_reason
 
 __all__ = ["FuseCallback", "TrainResult", "TrainingInterrupted", "newest_checkpoint", "train"]
@@ -159,7 +160,8 @@ def train(
     progress: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
-    """Train the adapter of a PeftModel: AdamW, linear decay after a warm-up, Trainer's loop.
+    """Train the adapter of a PeftModel, shortcuts included: AdamW, linear decay after a warm-up,
+    Trainer's loop.
 
     Evaluates and saves a checkpoint every epoch, or every `save_steps` steps; the adapter goes to
     ``output_dir/adapter`` at the end. Runs on the first GPU there is, else on the CPU.
@@ -224,6 +226,7 @@ def train(
     fusing = FuseCallback(captured=graphed) if fused else None
     bar, check, interrupt = Progress(draw=progress), LossCheck(), Interrupt()
     timer = StepTimer(skipped=WARM_UP + 1 if graphed else 1)
+    own = [bar, check, interrupt, timer]
     classify = data.task == "classification"
     unfuse(model)
     trainer = (WatchedGraphedTrainer if cuda_graph else WatchedTrainer)(
@@ -236,7 +239,7 @@ def train(
         compute_metrics=_accuracy if classify else None,
         preprocess_logits_for_metrics=_predictions if classify else None,
         # After the user's, so that these see what those asked for.
-        callbacks=[*callbacks, *([fusing] if fusing else []), bar, check, interrupt, timer],
+        callbacks=[*callbacks, ShortcutCallback(), *([fusing] if fusing else []), *own],
         watchers=[check.observe, timer.observe],
     )
     trainer.remove_callback(PrinterCallback)

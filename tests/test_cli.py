@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,7 @@ MISTAKES = {
         TRAIN + " --allocation {newer}",
         "newer.json: schema_version is 99",
     ),
+    "unknown shortcut": (SEARCH + " --shortcuts around", "unknown shortcut 'around'; choose of"),
     "rank 0": (TRAIN + " --rank 0", "expected a positive integer"),
     "no epochs": (TRAIN + " --epochs 0", "--epochs is 0.0: it must be above 0"),
     "negative rate": (TRAIN + " --lr -1", "--lr is -1.0: it must be above 0"),
@@ -186,6 +188,33 @@ def test_search_then_train_then_a_resume_that_has_nothing_left(
     assert cli.main(_filled(words + " --resume", files, tmp_path)) == 0
     again = json.loads((tmp_path / "train.json").read_text())
     assert again["metrics"]["test_loss"] == trained["metrics"]["test_loss"]
+
+
+def test_shortcuts_are_searched_trained_and_resumed(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = SEARCH + " --shortcuts all --budget-rank 2 --shortcut-budget-rank 1 --json -"
+    assert cli.main(_filled(words, files, tmp_path)) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert len(found["shortcuts"]) == 7 and any(found["shortcuts"].values())
+    assert found["scores"].keys() == found["ranks"].keys() | found["shortcuts"].keys()
+    assert all(word in captured.err for word in ("cross-", "layer", "in-", "attn", "ffn"))
+
+    words = TRAIN.replace("--max-steps 2", "--max-steps 4 --lr 0.05 --save-steps 2")
+    words += " --allocation {out}/a.json"
+    adapter = tmp_path / "run" / "adapter" / "heterolora_shortcuts.safetensors"
+    assert cli.main(_filled(words, files, tmp_path)) == 0
+    undisturbed = load_file(adapter)
+    on = sum(map(bool, found["shortcuts"].values()))
+    assert len(undisturbed) == 2 * on
+    assert all(value.any() for key, value in undisturbed.items() if key.endswith(".b"))
+
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    assert cli.main(_filled(words + " --resume", files, tmp_path)) == 0
+    resumed = load_file(adapter)
+    assert all(torch.equal(value, resumed[key]) for key, value in undisturbed.items())
 
 
 def test_train_without_fusing_gives_the_same_result(

@@ -7,6 +7,7 @@ from heterolora.search.allocation import Allocation, allocate, uniform
 from heterolora.search.budget import Budget
 from heterolora.search.export import save_enabled
 from heterolora.search.proxies import PROXIES
+from heterolora.search.rankings import ParameterCounts
 from heterolora.search.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = [
     "Allocation",
     "Budget",
     "DynamicSearchCallback",
+    "ParameterCounts",
     "SearchSpace",
     "adapt",
     "allocate",

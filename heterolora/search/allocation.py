@@ -21,6 +21,7 @@ from heterolora.search.pools import choose_ranks, make_pools
 from heterolora.search.preserve import preserved, seeded
 from heterolora.search.probe import Feed, attach, draw_b, timed_step
 from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, Batch, Proxy
+from heterolora.search.rankings import ParameterCounts
 from heterolora.search.space import SearchSpace
 from heterolora.shortcuts import add_shortcuts, shortcut_candidates
 from heterolora.sites import Site, find_sites, head_names, task_type
@@ -80,14 +81,16 @@ class Allocation:
 
     @property
     def parameters(self) -> int:
-        """LoRA parameters of the allocation: the sum of r * (in + out), shortcuts included.
-
-        A static allocation has as many enabled, ever trained and stored.
-        """
+        """LoRA parameters of the allocation: the sum of r * (in + out), shortcuts included."""
         sites = sum(rank * self.sites[name].unit_cost for name, rank in self.ranks.items())
         return sites + sum(
             rank * self.shortcut_candidates[name].unit_cost for name, rank in self.shortcuts.items()
         )
+
+    @property
+    def counts(self) -> ParameterCounts:
+        """`parameters` three times: a static allocation trains and stores just what it enables."""
+        return ParameterCounts(self.parameters, self.parameters, self.parameters)
 
     @property
     def ratio(self) -> float | None:
