@@ -14,7 +14,7 @@ from heterolora.fuse import FuseReport, fuse, unfuse
 if TYPE_CHECKING:
     from heterolora import errors, kernels
     from heterolora.io import load_adapter, save_adapter
-    from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
+    from heterolora.search import Allocation, Budget, SearchSpace, Variant, adapt, allocate
     from heterolora.search.dynamic import DynamicSearchCallback
     from heterolora.shortcuts import add_shortcuts, remove_shortcuts
     from heterolora.trainers import GraphedTrainer
@@ -30,6 +30,7 @@ __all__ = [
     "FuseReport",
     "GraphedTrainer",
     "SearchSpace",
+    "Variant",
     "adapt",
     "add_shortcuts",
     "allocate",
@@ -49,6 +50,7 @@ _HOME = {
     "FuseCallback": "training",
     "GraphedTrainer": "trainers",
     "SearchSpace": "search",
+    "Variant": "search",
     "adapt": "search",
     "add_shortcuts": "shortcuts",
     "allocate": "search",

@@ -8,6 +8,7 @@ from heterolora.search.budget import Budget
 from heterolora.search.export import save_enabled
 from heterolora.search.proxies import PROXIES
 from heterolora.search.space import SearchSpace
+from heterolora.search.variant import Variant
 
 if TYPE_CHECKING:
     from heterolora.search.dynamic import DynamicSearchCallback
@@ -18,6 +19,7 @@ __all__ = [
     "Budget",
     "DynamicSearchCallback",
     "SearchSpace",
+    "Variant",
     "adapt",
     "allocate",
     "save_enabled",

@@ -16,21 +16,19 @@ from torch import nn
 from heterolora.errors import SearchSpaceError
 from heterolora.fuse import fuse, unfuse
 from heterolora.search.budget import Budget
+from heterolora.search.gains import shuffled
 from heterolora.search.pools import choose_ranks, make_pools
 from heterolora.search.preserve import preserved, seeded
-from heterolora.search.probe import Feed, attach, draw_b, timed_step
-from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, Batch, Proxy
+from heterolora.search.probe import Feed, attach, draw_b, rank_to_probe, timed_step
+from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, UNFUSED, Batch
 from heterolora.search.space import SearchSpace
+from heterolora.search.variant import Variant, scored, warmed_heads
 from heterolora.sites import Site, find_sites, head_names, task_type
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["PROBE_RANK", "Allocation", "allocate", "uniform"]
-
-# Scores are taken at this rank (or the largest of the space, if smaller): a gradient norm at rank 8
-# averages eight random directions, and the pass costs no more than a training step of common rank.
-PROBE_RANK = 8
+__all__ = ["Allocation", "allocate", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +139,7 @@ def allocate(
     space: SearchSpace | None = None,
     seed: int = 0,
     scaling: float = 2.0,
+    variant: Variant | None = None,
 ) -> Allocation:
     """Score every candidate module once and spend `budget` where the scores say.
 
@@ -153,26 +152,32 @@ def allocate(
         batches: dicts that the model takes, labels included; consumed once, all of them
             (synflow uses only the first).
         budget: LoRA parameters to spend.
-        proxy: "constant" (the random control), "grad-norm", "snip" or "synflow".
+        proxy: a key of `heterolora.search.PROXIES`: "constant" (the random control), "grad-norm",
+            "snip", "synflow", "synflow-output", "spectral" or "spectral-sigma".
         space: candidate modules and ranks; the default is all linears at 0, 1, 2, 4, 8, 16, 32.
         seed: seeds the probe adapter and dropout, and orders ties.
         scaling: alpha/r of the probe adapter and of the resulting configuration.
+        variant: a warm-up before scoring, and how scores compete; by default neither. A warm-up
+            holds all batches in memory.
 
     Raises:
         ModelError: the model cannot be scored (no linears, already adapted, no loss).
         DataError: no batches, or batches without labels.
-        SearchSpaceError: unknown proxy, or candidates that match nothing.
+        SearchSpaceError: unknown proxy, candidates that match nothing, a floor above all ranks, or
+            head steps where there is no head.
         BudgetError: the budget is too small for one adapter, or its rank above every candidate's.
         ScoreError: the loss or a score is not finite; DegenerateScoreError: every score is zero.
     """
     space = space or SearchSpace()
-    measure = _proxy_named(proxy)
+    variant = variant or Variant()
+    _check_proxy(proxy)
     scale = _checked_scaling(scaling)
     seed = _checked_seed(seed)
     sites = find_sites(model, space.target_modules)
-    pools = make_pools(sites, [], space.ranks, budget)
+    ranks_offered = variant.offered(space.ranks)
+    pools = make_pools(sites, [], ranks_offered, budget)
     budget_parameters = sum(pool.parameters for pool in pools)
-    probe_rank = min(space.ranks[-1], PROBE_RANK)
+    probe_rank = rank_to_probe(proxy, space.ranks[-1])
 
     start = time.perf_counter()
     everywhere = _allocation(
@@ -186,18 +191,23 @@ def allocate(
     )
     with preserved(model), seeded(seed), torch.enable_grad():
         feed = Feed(batches)
+        heads = warmed_heads(model, feed, variant)
         probe = attach(model, everywhere.lora_config)
-        if proxy in NEEDS_NONZERO_B:
+        if proxy in NEEDS_NONZERO_B and not variant.train_steps:
             draw_b(probe, seed)
-        # Synflow swaps tensors by name for one pass, which only PEFT's own forward is sure to see.
-        fused = proxy != "synflow"
         try:
-            if fused:
+            if proxy not in UNFUSED:
                 fuse(probe)
-            with feed.progress(f"scoring ({proxy})") as stream:
-                scores = measure(probe, stream)
+            scores = scored(probe, proxy, feed, heads, variant)
+            if variant.shuffle:
+                scores = shuffled(scores, sites, seed)
             ranks = choose_ranks(
-                pools, scores, dict.fromkeys(scores, scale), space.ranks, seed=seed
+                pools,
+                scores,
+                dict.fromkeys(scores, scale),
+                ranks_offered,
+                seed=seed,
+                equal_layers=variant.by_layer,
             )
             seconds = time.perf_counter() - start
             step_seconds = timed_step(probe, feed.first())
@@ -268,10 +278,9 @@ def _alpha(scaling: float, rank: int) -> int | float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _proxy_named(proxy: str) -> Proxy:
+def _check_proxy(proxy: str) -> None:
     if proxy not in PROXIES:
         raise SearchSpaceError(f"unknown proxy {proxy!r}; choose one of {', '.join(PROXIES)}")
-    return PROXIES[proxy]
 
 
 def _checked_scaling(scaling: Any) -> float:

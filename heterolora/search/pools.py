@@ -14,6 +14,7 @@ from heterolora.search.budget import (
     normalise,
     solve,
 )
+from heterolora.search.gains import Gains, by_layer, divided
 
 __all__ = ["Pool", "choose_ranks", "make_pools"]
 
@@ -62,10 +63,13 @@ def choose_ranks(
     ranks: Sequence[int],
     *,
     seed: int = 0,
+    equal_layers: bool = False,
 ) -> dict[str, int]:
     """{name: rank}: in every pool the ranks that spend its budget best by `scores`.
 
-    A score counts per unit of scale: the gradients of A and B are proportional to alpha/r, so with
+    Of one score each a rank gains as `heterolora.search.budget.log_gains` says; `Gains` say
+    themselves what each rank is worth, and are compared as they are. A score counts per unit of
+    scale: the gradients of A and B are proportional to alpha/r, so with
     other scales for shortcuts (HeteroLoRA: 0.5, and 2 for LoRA) the raw scores would compare the
     scales.
 
@@ -74,6 +78,8 @@ def choose_ranks(
         scales: alpha/r of every candidate, at the rank it was scored with.
         ranks: to choose from.
         seed: breaks ties only.
+        equal_layers: within a pool every layer's scores count for the same total first, as
+            `heterolora.search.gains.by_layer` makes them.
 
     Raises:
         ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`, for each pool.
@@ -81,11 +87,21 @@ def choose_ranks(
     chosen: dict[str, int] = {}
     for pool in pools:
         names = [candidate.name for candidate in pool.candidates]
-        weights = normalise({name: scores[name] / scales[name] for name in names})
-        gains = log_gains(list(weights.values()), ranks)
+        known = isinstance(scores, Gains)
+        own = divided(scores, {name: 1.0 if known else scales[name] for name in names})
+        gains = _gains(by_layer(own) if equal_layers else own, ranks)
         found = solve(pool.candidates, gains, ranks, pool.parameters, seed=seed)
         chosen.update(zip(names, found, strict=True))
     return chosen
+
+
+def _gains(scores: dict[str, float], ranks: Sequence[int]) -> list[list[float]]:
+    """Of every candidate, what each rank is worth, in a unit of which the largest score is 1."""
+    weights = normalise(scores)
+    if not isinstance(scores, Gains):
+        return log_gains(list(weights.values()), ranks)
+    top = max(scores.values())
+    return [[scores.upto(name, rank) / top for rank in ranks] for name in scores]
 
 
 def _pool(label: str, candidates: Sequence[Priced], ranks: Sequence[int], budget: Budget) -> Pool:
