@@ -70,8 +70,11 @@ def _search(args: argparse.Namespace) -> int:
 
     params = args.budget_params
     budget = Budget(params=params) if params is not None else Budget(rank=args.budget_rank)
+    own = args.shortcut_budget_rank
     space = SearchSpace(
-        target_modules=options.targets(args.target_modules), ranks=options.ranks(args.ranks)
+        target_modules=options.targets(args.target_modules),
+        ranks=options.ranks(args.ranks),
+        shortcuts=options.shortcuts(args.shortcuts),
     )
     _quiet_libraries()
     data, model = _load(args)
@@ -83,7 +86,13 @@ def _search(args: argparse.Namespace) -> int:
     feed = batches(data, count=args.batches, batch_size=args.batch_size, seed=args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     allocation = allocate(
-        model.to(device), feed, budget=budget, proxy=args.proxy, space=space, seed=args.seed
+        model.to(device),
+        feed,
+        budget=budget,
+        shortcut_budget=None if own is None else Budget(rank=own),
+        proxy=args.proxy,
+        space=space,
+        seed=args.seed,
     )
     allocation.save(args.out)
     result = {
@@ -97,6 +106,7 @@ def _search(args: argparse.Namespace) -> int:
         "seconds": allocation.seconds,
         "step_seconds": allocation.step_seconds,
         "ranks": allocation.ranks,
+        "shortcuts": allocation.shortcuts,
         "scores": allocation.scores,
     }
     used = f"{allocation.parameters:,} of {allocation.budget_parameters:,} parameters"
@@ -107,7 +117,7 @@ def _search(args: argparse.Namespace) -> int:
         args,
         result,
         [
-            _rank_table(allocation.ranks),
+            _rank_table({**allocation.ranks, **allocation.shortcuts}),
             f"{used}; scored with {allocation.proxy} in {cost}",
             f"wrote {args.out}; train it with: heterolora train --allocation {args.out} "
             "and the same options for model and data",
@@ -228,6 +238,7 @@ _COMMANDS: dict[
             "heterolora search --data reviews.csv --budget-rank 4",
             "heterolora search --model ./llama --data notes.jsonl --text body --proxy snip",
             "heterolora search --data glue:mrpc --budget-params 100000 --out mrpc.json",
+            "heterolora search --data reviews.csv --budget-rank 4 --shortcuts all",
         ),
         options.add_search,
         _search,

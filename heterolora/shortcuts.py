@@ -39,7 +39,8 @@ __all__ = [
 
 KINDS = ("in-attn", "in-ffn", "cross-ffn", "cross-layer")
 
-MAX_RANK = 65536
+# Far above any useful rank: it exists to tell a typing error or a corrupt file from a choice.
+MAX_RANK = 65_536
 
 
 class Shortcuts(nn.Module):

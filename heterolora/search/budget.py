@@ -137,8 +137,8 @@ def solve(
 
     Args:
         candidates: what may get a rank.
-        gains: gains[i][j] >= 0 is what rank ranks[j] on candidate i is worth; not all zero. One for
-            a rank above `max_rank` is not used.
+        gains: gains[i][j] >= 0 is what rank ranks[j] on candidate i is worth, not all zero; -inf if
+            it must not have that rank. One for a rank above `max_rank` is not used.
         ranks: the ranks to choose from, increasing.
         budget: LoRA parameters.
         seed: breaks ties only.
@@ -167,7 +167,12 @@ def solve(
             choices[i, cost:][better] = j
         best = following
 
-    left = int(np.flatnonzero(np.isfinite(best))[-1])
+    spendable = np.flatnonzero(np.isfinite(best))
+    if len(spendable) == 0:
+        raise BudgetError(
+            f"a budget of {budget} parameters does not pay for what has to be adapted"
+        )
+    left = int(spendable[-1])
     chosen = [0] * len(candidates)
     for i in reversed(range(len(candidates))):
         chosen[i] = options[i][choices[i, left]]
@@ -229,4 +234,6 @@ def _jittered(gains: np.ndarray, ranks: Sequence[int], seed: int) -> np.ndarray:
     # A candidate that gains nothing stays below all others, yet is ordered by the seed too.
     smallest = gains[gains > 0].min()
     nothing = _TIE * smallest * noise * np.log2(1.0 + np.asarray(ranks, dtype=np.float64))
-    return np.where(gains.max(axis=1, keepdims=True) > 0, gains * (1.0 + _TIE * noise), nothing)
+    jittered = np.where(gains.max(axis=1, keepdims=True) > 0, gains * (1.0 + _TIE * noise), nothing)
+    # What is ruled out stays so.
+    return np.where(np.isneginf(gains), gains, jittered)

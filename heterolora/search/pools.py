@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from heterolora.errors import BudgetError
@@ -62,6 +63,7 @@ def choose_ranks(
     scales: Mapping[str, float],
     ranks: Sequence[int],
     *,
+    required: Collection[str] = (),
     seed: int = 0,
     equal_layers: bool = False,
 ) -> dict[str, int]:
@@ -77,12 +79,14 @@ def choose_ranks(
         scores: of every candidate.
         scales: alpha/r of every candidate, at the rank it was scored with.
         ranks: to choose from.
+        required: candidates that must get a rank above 0.
         seed: breaks ties only.
         equal_layers: within a pool every layer's scores count for the same total first, as
             `heterolora.search.gains.by_layer` makes them.
 
     Raises:
         ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`, for each pool.
+        BudgetError: the budget does not pay for what is required.
     """
     chosen: dict[str, int] = {}
     for pool in pools:
@@ -90,6 +94,9 @@ def choose_ranks(
         known = isinstance(scores, Gains)
         own = divided(scores, {name: 1.0 if known else scales[name] for name in names})
         gains = _gains(by_layer(own) if equal_layers else own, ranks)
+        for name, row in zip(names, gains, strict=True):
+            if name in required and ranks[0] == 0:
+                row[0] = -math.inf
         found = solve(pool.candidates, gains, ranks, pool.parameters, seed=seed)
         chosen.update(zip(names, found, strict=True))
     return chosen

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from model_state import fingerprint, lived_in, random_states, tensor_bytes
 from peft import LoraConfig, get_peft_model
-from preservation import fingerprint, lived_in, random_states, tensor_bytes
 from rich.console import Console
 
 from heterolora.errors import (
@@ -15,8 +15,14 @@ from heterolora.errors import (
 )
 from heterolora.search import PROXIES, Budget, SearchSpace, allocate, uniform
 from heterolora.search.preserve import preserved
+from heterolora.shortcuts import KINDS
 
 MODELS = ["bert", "opt", "gpt2", "mobilevit"]
+
+
+def space_of(name):
+    """All there is to search: shortcuts too, where there are layers to put them on."""
+    return SearchSpace() if name == "mobilevit" else SearchSpace(shortcuts=KINDS)
 
 
 @pytest.mark.parametrize("proxy", sorted(PROXIES))
@@ -25,7 +31,8 @@ def test_the_model_and_the_generators_come_back_bit_identical(subject, name, pro
     made = subject(name)
     model = lived_in(made)
     before, states = fingerprint(model), random_states()
-    allocate(model, made.batches(), budget=Budget(rank=2), proxy=proxy, seed=3)
+    space = space_of(name)
+    allocate(model, made.batches(), budget=Budget(rank=2), proxy=proxy, space=space, seed=3)
     assert random_states() == states
     after = fingerprint(model)
     for key, value in before.items():
@@ -45,7 +52,7 @@ def test_gradient_checkpointing_hooks_and_flags_come_back(subject):
     made = subject("opt")
     made.model.gradient_checkpointing_enable()
     before = fingerprint(made.model)
-    allocate(made.model, made.batches(), budget=Budget(rank=2))
+    allocate(made.model, made.batches(), budget=Budget(rank=2), space=space_of("opt"))
     assert fingerprint(made.model) == before
 
 
@@ -65,7 +72,7 @@ def test_an_interrupted_search_leaves_the_model_alone(subject, name, error):
         raise error
 
     with pytest.raises(error):
-        allocate(model, interrupted(), budget=Budget(rank=2))
+        allocate(model, interrupted(), budget=Budget(rank=2), space=space_of(name))
     assert random_states() == states
     assert fingerprint(model) == before
 

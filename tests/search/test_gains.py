@@ -26,7 +26,7 @@ spectra = st.lists(st.floats(0.0, 1.0), min_size=0, max_size=6).map(
 
 
 def chosen(sites, scores, parameters, ranks=RANKS, **options):
-    scales = {site.name: 2.0 + i for i, site in enumerate(sites)}
+    scales = {site.name: 2.0 for site in sites}
     return choose_ranks([Pool(tuple(sites), parameters)], scores, scales, ranks, **options)
 
 
@@ -119,6 +119,15 @@ def test_choose_ranks_by_layer():
         assert list(chosen(sites, found, 128, (0, 4)).values()) == [0, 0, 4, 4]
         equal = chosen(sites, found, 128, (0, 4), equal_layers=True)
         assert list(equal.values()) == [0, 4, 4, 0]
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_what_is_required_gets_a_rank_although_it_gains_nothing(score):
+    sites = [Site(name, 8, 8) for name in NAMES[:4]]
+    scores = dict(zip(NAMES[:4], (score, 3.0, 3.0, 3.0), strict=True))
+    for found in (scores, Gains({name: (s,) * 4 for name, s in scores.items()})):
+        assert chosen(sites, found, 192, (0, 4))[NAMES[0]] == 0
+        assert chosen(sites, found, 192, (0, 4), required={NAMES[0]})[NAMES[0]] == 4
 
 
 @pytest.mark.parametrize("gains", [False, True])

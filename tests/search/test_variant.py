@@ -5,14 +5,15 @@ import itertools
 
 import pytest
 import torch
+from model_state import fingerprint, lived_in, random_states
 from peft import LoraConfig, get_peft_model
-from preservation import fingerprint, lived_in, random_states
 
 from heterolora import Budget, SearchSpace, Variant, allocate
 from heterolora.errors import BudgetError, DataError, ScoreError, SearchSpaceError
 from heterolora.search import PROXIES
 from heterolora.search.preserve import preserved
 from heterolora.search.variant import own_heads
+from heterolora.shortcuts import KINDS
 
 WARM = [
     Variant(head_steps=2),
@@ -27,7 +28,10 @@ def test_the_model_and_the_generators_come_back_bit_identical(subject, proxy, va
     made = subject("bert", dropout=0.1)
     model = lived_in(made)
     before, states = fingerprint(model), random_states()
-    allocate(model, made.batches(), budget=Budget(rank=2), proxy=proxy, variant=variant)
+    space = SearchSpace(shortcuts=KINDS)
+    options = {"proxy": proxy, "variant": variant, "space": space}
+    found = allocate(model, made.batches(), budget=Budget(rank=2), **options)
+    assert len(found.shortcuts) == 7 and found.parameters == found.budget_parameters
     assert random_states() == states
     after = fingerprint(model)
     for key, value in before.items():

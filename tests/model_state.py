@@ -1,4 +1,4 @@
-"""Everything of a model and of the random generators that a search must leave as it was."""
+"""Everything about a model and the random generators that a search must leave as it was."""
 
 import random
 
