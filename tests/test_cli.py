@@ -95,6 +95,8 @@ MISTAKES = {
     ),
     "budget of rank 0": (SEARCH + " --budget-rank 0", "expected a positive integer"),
     "unknown proxy": (SEARCH + " --proxy magic", "unknown proxy 'magic'; choose one of"),
+    "negative head steps": (SEARCH + " --head-steps -1", "head_steps=-1: expected a whole number"),
+    "floor above the ranks": (SEARCH + " --floor 64", "floor=64 is above the largest rank"),
     "ranks that are no numbers": (SEARCH + " --ranks 0,two", "--ranks '0,two': numbers with"),
     "ranks out of order": (SEARCH + " --ranks 8,2", "not in increasing order"),
     "no batches": (SEARCH + " --batches 0", "0 batches of 8 rows: both must be at least 1"),
@@ -186,6 +188,18 @@ def test_search_then_train_then_a_resume_that_has_nothing_left(
     assert cli.main(_filled(words + " --resume", files, tmp_path)) == 0
     again = json.loads((tmp_path / "train.json").read_text())
     assert again["metrics"]["test_loss"] == trained["metrics"]["test_loss"]
+
+
+def test_search_with_a_variant(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = SEARCH + " --proxy spectral --head-steps 2 --train-steps 1 --floor 1 --by-layer"
+    assert cli.main(_filled(words + " --budget-rank 2 --json -", files, tmp_path)) == 0
+    result = json.loads(capsys.readouterr().out)
+    variant = result["variant"]
+    assert (variant["head_steps"], variant["train_steps"], variant["floor"]) == (2, 1, 1)
+    assert variant["by_layer"] is True
+    assert min(result["ranks"].values()) == 1 < max(result["ranks"].values())
 
 
 def test_train_without_fusing_gives_the_same_result(

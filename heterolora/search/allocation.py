@@ -54,7 +54,8 @@ class Allocation:
         shortcut_candidates: {shortcut name: where it starts and ends, and its size}.
         shortcut_scaling: alpha/r of every shortcut.
         mapping: the layers' parts, where the search space named them.
-        seconds: wall time of the search: probe adapter, scoring and solving.
+        variant: what was done beside running the proxy.
+        seconds: wall time of the search: warm-up, probe adapter, scoring and solving.
         step_seconds: wall time of one warm training step (forward, backward, AdamW) of the probe
             adapter on the first batch; None if nothing was scored.
     """
@@ -74,6 +75,7 @@ class Allocation:
     shortcut_candidates: dict[str, Candidate] = field(default_factory=dict)
     shortcut_scaling: float = 2.0
     mapping: Sequence[Mapping[str, str]] | None = None
+    variant: Variant = Variant()
     seconds: float = 0.0
     step_seconds: float | None = None
 
@@ -261,6 +263,7 @@ def allocate(
         seed=seed,
         scaling=scale,
         probe_rank=probe_rank,
+        variant=variant,
         seconds=seconds,
         step_seconds=step_seconds,
     )

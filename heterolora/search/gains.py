@@ -9,14 +9,21 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from heterolora.search.budget import Priced
+from heterolora.search.budget import Priced, log_gains, normalise
 
-__all__ = ["Gains", "averaged", "by_layer", "divided", "numbers", "renumbered", "shuffled"]
+__all__ = [
+    "Gains",
+    "averaged",
+    "by_layer",
+    "divided",
+    "numbers",
+    "rank_gains",
+    "renumbered",
+    "shuffled",
+]
 
 _LAYER = re.compile(r"(?:^|\.)\d+\.")
 
@@ -38,6 +45,20 @@ class Gains(dict[str, float]):
     def upto(self, name: str, rank: int) -> float:
         """What `rank` is worth on a candidate."""
         return math.fsum(self.marginal[name][:rank])
+
+
+def rank_gains(scores: Mapping[str, float], ranks: Sequence[int]) -> list[list[float]]:
+    """What each rank is worth on each candidate, in a unit of which the largest score is 1: what
+    `Gains` say, or for one score each `heterolora.search.budget.log_gains`.
+
+    Raises:
+        ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`.
+    """
+    weights = normalise(scores)
+    if not isinstance(scores, Gains):
+        return log_gains(list(weights.values()), ranks)
+    top = max(scores.values())
+    return [[scores.upto(name, rank) / top for rank in ranks] for name in scores]
 
 
 def numbers(scores: Mapping[str, float]) -> list[float]:

@@ -11,11 +11,9 @@ from heterolora.search.budget import (
     Budget,
     Priced,
     check_affordable,
-    log_gains,
-    normalise,
     solve,
 )
-from heterolora.search.gains import Gains, by_layer, divided
+from heterolora.search.gains import Gains, by_layer, divided, rank_gains
 
 __all__ = ["Pool", "choose_ranks", "make_pools"]
 
@@ -93,22 +91,13 @@ def choose_ranks(
         names = [candidate.name for candidate in pool.candidates]
         known = isinstance(scores, Gains)
         own = divided(scores, {name: 1.0 if known else scales[name] for name in names})
-        gains = _gains(by_layer(own) if equal_layers else own, ranks)
+        gains = rank_gains(by_layer(own) if equal_layers else own, ranks)
         for name, row in zip(names, gains, strict=True):
             if name in required and ranks[0] == 0:
                 row[0] = -math.inf
         found = solve(pool.candidates, gains, ranks, pool.parameters, seed=seed)
         chosen.update(zip(names, found, strict=True))
     return chosen
-
-
-def _gains(scores: dict[str, float], ranks: Sequence[int]) -> list[list[float]]:
-    """Of every candidate, what each rank is worth, in a unit of which the largest score is 1."""
-    weights = normalise(scores)
-    if not isinstance(scores, Gains):
-        return log_gains(list(weights.values()), ranks)
-    top = max(scores.values())
-    return [[scores.upto(name, rank) / top for rank in ranks] for name in scores]
 
 
 def _pool(label: str, candidates: Sequence[Priced], ranks: Sequence[int], budget: Budget) -> Pool:

@@ -55,6 +55,9 @@ class Variant:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise SearchSpaceError(f"{key}={value!r}: expected a whole number, 0 or more")
+        for key in ("by_layer", "shuffle"):
+            if not isinstance(getattr(self, key), bool):
+                raise SearchSpaceError(f"{key}={getattr(self, key)!r}: expected True or False")
         number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
         if not number or not math.isfinite(self.lr) or self.lr <= 0:
             raise SearchSpaceError(f"lr={self.lr!r}: expected a positive number")

@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
 from model_state import fingerprint, lived_in, random_states
 from peft import LoraConfig, get_peft_model
 
-from heterolora import Budget, SearchSpace, Variant, allocate
+from heterolora import Allocation, Budget, SearchSpace, Variant, allocate
 from heterolora.errors import BudgetError, DataError, ScoreError, SearchSpaceError
 from heterolora.search import PROXIES
 from heterolora.search.preserve import preserved
@@ -192,6 +193,19 @@ def test_a_trained_probe_is_scored_by_its_own_b(subject):
     assert small.ranks == fresh.ranks
 
 
+def test_a_file_says_which_variant_it_was(subject, tmp_path):
+    made = subject("bert")
+    found = allocate(made.model, made.batches(1), budget=Budget(rank=2), variant=WARM[2])
+    found.save(tmp_path / "a.json")
+    loaded = Allocation.load(tmp_path / "a.json")
+    assert loaded == found and loaded.variant == WARM[2]
+    document = json.loads((tmp_path / "a.json").read_text())
+    for key in ("variant", "mapping", "shortcut_candidates", "shortcut_scaling"):
+        del document[key]
+    (tmp_path / "one.json").write_text(json.dumps({**document, "schema_version": 1}))
+    assert Allocation.load(tmp_path / "one.json").variant == Variant()
+
+
 def test_seconds_include_the_warm_up(subject):
     made = subject("bert")
     plain = allocate(made.model, made.batches(1), budget=Budget(rank=2))
@@ -273,6 +287,7 @@ def test_shuffled_scores_are_the_same_numbers_elsewhere(subject, proxy):
         ({"lr": 0}, "lr=0: expected a positive number"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": "1"}, "lr='1'"),
+        ({"by_layer": 1}, "by_layer=1: expected True or False"),
     ],
 )
 def test_malformed_fields(fields, message):
