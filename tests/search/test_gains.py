@@ -157,8 +157,9 @@ def test_averaged_and_divided():
 
 def test_numbers_survive_a_broadcast():
     """Names in another order on each side, as `agreed_scores` sends them."""
-    gains = Gains({"b": (4.0, 1.0), "a": (), "c": (2.0,)})
-    assert numbers(gains) == [4.0, 1.0, 2.0]
-    back = renumbered(Gains({"c": (0.0,), "a": (), "b": (0.0, 0.0)}), numbers(gains))
-    assert back == gains and back.marginal == gains.marginal and list(back) == ["c", "a", "b"]
+    gains = Gains({"b": (4.0, 1.0), "a": (3.0,), "d": (), "c": (2.0,)})
+    assert numbers(gains) == [3.0, 4.0, 1.0, 2.0]
+    other = Gains({"c": (0.0,), "d": (), "a": (0.0,), "b": (0.0, 0.0)})
+    back = renumbered(other, numbers(gains))
+    assert back == gains and back.marginal == gains.marginal and list(back) == list(other)
     assert renumbered({"b": 0.0, "a": 0.0}, [1.0, 2.0]) == {"b": 2.0, "a": 1.0}
