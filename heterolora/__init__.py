@@ -14,7 +14,7 @@ from heterolora.fuse import FuseReport, fuse, unfuse
 if TYPE_CHECKING:
     from heterolora import errors, kernels
     from heterolora.io import load_adapter, save_adapter
-    from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
+    from heterolora.search import Allocation, Budget, SearchSpace, Variant, adapt, allocate
     from heterolora.search.dynamic import DynamicSearchCallback
     from heterolora.shortcut_checkpoints import ShortcutCallback
     from heterolora.shortcuts import add_shortcuts, remove_shortcuts
@@ -32,6 +32,7 @@ __all__ = [
     "GraphedTrainer",
     "SearchSpace",
     "ShortcutCallback",
+    "Variant",
     "adapt",
     "add_shortcuts",
     "allocate",
@@ -52,6 +53,7 @@ _HOME = {
     "GraphedTrainer": "trainers",
     "SearchSpace": "search",
     "ShortcutCallback": "shortcut_checkpoints",
+    "Variant": "search",
     "adapt": "search",
     "add_shortcuts": "shortcuts",
     "allocate": "search",

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from heterolora.search import Budget, SearchSpace, allocate
+    from heterolora.search import Budget, SearchSpace, Variant, allocate
 
     params = args.budget_params
     budget = Budget(params=params) if params is not None else Budget(rank=args.budget_rank)
@@ -75,6 +76,12 @@ def _search(args: argparse.Namespace) -> int:
         target_modules=options.targets(args.target_modules),
         ranks=options.ranks(args.ranks),
         shortcuts=options.shortcuts(args.shortcuts),
+    )
+    variant = Variant(
+        head_steps=args.head_steps,
+        train_steps=args.train_steps,
+        floor=args.floor,
+        by_layer=args.by_layer,
     )
     _quiet_libraries()
     data, model = _load(args)
@@ -93,6 +100,7 @@ def _search(args: argparse.Namespace) -> int:
         proxy=args.proxy,
         space=space,
         seed=args.seed,
+        variant=variant,
     )
     allocation.save(args.out)
     result = {
@@ -100,6 +108,7 @@ def _search(args: argparse.Namespace) -> int:
         "data": args.data,
         "allocation": args.out,
         "proxy": allocation.proxy,
+        "variant": asdict(allocation.variant),
         "seed": allocation.seed,
         "parameters": allocation.parameters,
         "budget_parameters": allocation.budget_parameters,

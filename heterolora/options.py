@@ -106,7 +106,27 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--budget-rank", type=int, default=8, help="as many as uniform rank R")
     budget.add_argument("--budget-params", type=int, help="LoRA parameters to spend")
     search.add_argument(
-        "--proxy", default="grad-norm", help="score: constant, grad-norm, snip or synflow"
+        "--proxy",
+        default="grad-norm",
+        help="score: constant, grad-norm, snip, synflow, synflow-output, spectral, spectral-sigma",
+    )
+    search.add_argument(
+        "--head-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train the classification head N steps before scoring; undone afterwards",
+    )
+    search.add_argument(
+        "--train-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="score over N steps of training a uniform adapter, likewise undone",
+    )
+    search.add_argument("--floor", type=int, default=0, metavar="R", help="least rank of a module")
+    search.add_argument(
+        "--by-layer", action="store_true", help="every layer's scores add up to the same"
     )
     search.add_argument(
         "--shortcuts",

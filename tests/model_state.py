@@ -42,3 +42,19 @@ def random_states():
         [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
         random.getstate(),
     )
+
+
+def lived_in(made):
+    """Give the model a state worth preserving: frozen parts, gradients, mixed modes."""
+    model = made.model
+    parameters = list(model.parameters())
+    for parameter in parameters[::3]:
+        parameter.requires_grad_(False)
+    for parameter in parameters[1::3]:
+        parameter.grad = torch.randn_like(parameter)
+    for module in list(model.modules())[::2]:
+        module.training = True
+    torch.rand(3)
+    np.random.rand(3)
+    random.random()
+    return model

@@ -96,6 +96,8 @@ MISTAKES = {
     ),
     "budget of rank 0": (SEARCH + " --budget-rank 0", "expected a positive integer"),
     "unknown proxy": (SEARCH + " --proxy magic", "unknown proxy 'magic'; choose one of"),
+    "negative head steps": (SEARCH + " --head-steps -1", "head_steps=-1: expected a whole number"),
+    "floor above the ranks": (SEARCH + " --floor 64", "floor=64 is above the largest rank"),
     "ranks that are no numbers": (SEARCH + " --ranks 0,two", "--ranks '0,two': numbers with"),
     "ranks out of order": (SEARCH + " --ranks 8,2", "not in increasing order"),
     "no batches": (SEARCH + " --batches 0", "0 batches of 8 rows: both must be at least 1"),
@@ -215,6 +217,18 @@ def test_shortcuts_are_searched_trained_and_resumed(
     assert cli.main(_filled(words + " --resume", files, tmp_path)) == 0
     resumed = load_file(adapter)
     assert all(torch.equal(value, resumed[key]) for key, value in undisturbed.items())
+
+
+def test_search_with_a_variant(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = SEARCH + " --proxy spectral --head-steps 2 --train-steps 1 --floor 1 --by-layer"
+    assert cli.main(_filled(words + " --budget-rank 2 --json -", files, tmp_path)) == 0
+    result = json.loads(capsys.readouterr().out)
+    variant = result["variant"]
+    assert (variant["head_steps"], variant["train_steps"], variant["floor"]) == (2, 1, 1)
+    assert variant["by_layer"] is True
+    assert min(result["ranks"].values()) == 1 < max(result["ranks"].values())
 
 
 def test_train_without_fusing_gives_the_same_result(

@@ -133,6 +133,7 @@ def test_public_names() -> None:
         "GraphedTrainer",
         "SearchSpace",
         "ShortcutCallback",
+        "Variant",
         "adapt",
         "add_shortcuts",
         "allocate",

@@ -9,6 +9,7 @@ from heterolora.search.export import save_enabled
 from heterolora.search.proxies import PROXIES
 from heterolora.search.rankings import ParameterCounts
 from heterolora.search.space import SearchSpace
+from heterolora.search.variant import Variant
 
 if TYPE_CHECKING:
     from heterolora.search.dynamic import DynamicSearchCallback
@@ -20,6 +21,7 @@ __all__ = [
     "DynamicSearchCallback",
     "ParameterCounts",
     "SearchSpace",
+    "Variant",
     "adapt",
     "allocate",
     "save_enabled",

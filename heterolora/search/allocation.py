@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,23 +18,21 @@ from heterolora.attachments import Candidate
 from heterolora.errors import SearchSpaceError
 from heterolora.fuse import fuse, unfuse
 from heterolora.search.budget import Budget, Priced
+from heterolora.search.gains import shuffled
 from heterolora.search.pools import choose_ranks, make_pools
 from heterolora.search.preserve import preserved, seeded
-from heterolora.search.probe import Feed, attach, draw_b, timed_step
-from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, Batch, Proxy
+from heterolora.search.probe import Feed, attach, draw_b, rank_to_probe, timed_step
+from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, UNFUSED, Batch
 from heterolora.search.rankings import ParameterCounts
 from heterolora.search.space import SearchSpace
+from heterolora.search.variant import Variant, scored, warmed_heads
 from heterolora.shortcuts import add_shortcuts, shortcut_candidates
 from heterolora.sites import Site, find_sites, head_names, task_type
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["PROBE_RANK", "Allocation", "allocate", "uniform"]
-
-# Scores are taken at this rank (or the largest of the space, if smaller): a gradient norm at rank 8
-# averages eight random directions, and the pass costs no more than a training step of common rank.
-PROBE_RANK = 8
+__all__ = ["Allocation", "allocate", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Allocation:
         shortcut_candidates: {shortcut name: where it starts and ends, and its size}.
         shortcut_scaling: alpha/r of every shortcut.
         mapping: the layers' parts, where the search space named them.
-        seconds: wall time of the search: probe adapter, scoring and solving.
+        variant: what was done beside running the proxy.
+        seconds: wall time of the search: warm-up, probe adapter, scoring and solving.
         step_seconds: wall time of one warm training step (forward, backward, AdamW) of the probe
             adapter on the first batch; None if nothing was scored.
     """
@@ -76,6 +76,7 @@ class Allocation:
     shortcut_candidates: dict[str, Candidate] = field(default_factory=dict)
     shortcut_scaling: float = 2.0
     mapping: Sequence[Mapping[str, str]] | None = None
+    variant: Variant = Variant()
     seconds: float = 0.0
     step_seconds: float | None = None
 
@@ -161,6 +162,7 @@ def allocate(
     seed: int = 0,
     scaling: float = 2.0,
     shortcut_scaling: float | None = None,
+    variant: Variant | None = None,
 ) -> Allocation:
     """Score every candidate once and spend `budget` where the scores say.
 
@@ -179,32 +181,38 @@ def allocate(
         budget: LoRA parameters to spend, on modules and shortcuts together: one ranking of both.
         shortcut_budget: LoRA parameters to spend on shortcuts; `budget` is then for modules alone.
             HeteroLoRA calls these `combined` and `separated`.
-        proxy: "constant" (the random control), "grad-norm", "snip" or "synflow".
+        proxy: a key of `heterolora.search.PROXIES`: "constant" (the random control), "grad-norm",
+            "snip", "synflow", "synflow-output", "spectral" or "spectral-sigma".
         space: candidate modules, shortcuts and ranks; the default is all linears at 0, 1, 2, 4, 8,
             16, 32, and no shortcut.
         seed: seeds the probe adapter and dropout, and orders ties.
         scaling: alpha/r of the probe adapter and of the resulting configuration.
         shortcut_scaling: alpha/r of the shortcuts; None: as `scaling`. Scores of candidates with
             unlike scales are compared per unit of scale.
+        variant: a warm-up before scoring, and how scores compete; by default neither. A warm-up
+            holds all batches in memory.
 
     Raises:
         ModelError: the model cannot be scored (no linears, already adapted, no loss).
         DataError: no batches, or batches without labels.
-        SearchSpaceError: unknown proxy, or candidates that match nothing.
+        SearchSpaceError: unknown proxy, candidates that match nothing, a floor above all ranks, or
+            head steps where there is no head.
         ShortcutError: shortcuts are asked for, and the model's layers cannot be read.
         BudgetError: the budget is too small for one adapter, or its rank above every candidate's.
         ScoreError: the loss or a score is not finite; DegenerateScoreError: every score is zero.
     """
     space = space or SearchSpace()
-    measure = _proxy_named(proxy)
+    variant = variant or Variant()
+    _check_proxy(proxy)
     scale = _checked_scaling(scaling)
     seed = _checked_seed(seed)
     own_scale = scale if shortcut_scaling is None else _checked_scaling(shortcut_scaling)
     sites = find_sites(model, space.target_modules)
     shortcuts = _shortcuts(model, space)
     candidates: list[Priced] = [*sites, *shortcuts]
-    pools = make_pools(sites, shortcuts, space.ranks, budget, shortcut_budget)
-    probe_rank = min(space.ranks[-1], PROBE_RANK)
+    offered = variant.offered(space.ranks)
+    pools = make_pools(sites, shortcuts, offered, budget, shortcut_budget)
+    probe_rank = rank_to_probe(proxy, space.ranks[-1])
 
     start = time.perf_counter()
     everywhere = _allocation(
@@ -219,25 +227,33 @@ def allocate(
     )
     with preserved(model), seeded(seed), torch.enable_grad():
         feed = Feed(batches)
+        heads = warmed_heads(model, feed, variant)
         probe = attach(model, everywhere.lora_config)
         if shortcuts:
             alpha = own_scale * probe_rank
             add_shortcuts(probe, space.shortcuts, probe_rank, alpha, space.mapping)
-        if proxy in NEEDS_NONZERO_B:
+        if proxy in NEEDS_NONZERO_B and not variant.train_steps:
             draw_b(probe, seed)
-        # Synflow swaps tensors by name for one pass, which only PEFT's own forward is sure to see.
-        fused = proxy != "synflow"
         try:
-            if fused:
+            if proxy not in UNFUSED:
                 fuse(probe)
-            with feed.progress(f"scoring ({proxy})") as stream:
-                scores = measure(probe, stream)
+            scores = scored(probe, proxy, feed, heads, variant)
+            if variant.shuffle:
+                scores = shuffled(scores, candidates, seed)
             scales = {site.name: scale for site in sites}
             scales.update((shortcut.name, own_scale) for shortcut in shortcuts)
-            ranks = choose_ranks(pools, scores, scales, space.ranks, seed=seed)
+            choose = partial(
+                choose_ranks,
+                pools,
+                scores,
+                None if proxy == "constant" else scales,
+                offered,
+                equal_layers=variant.by_layer,
+            )
+            ranks = choose(seed=seed)
             if not any(ranks[site.name] for site in sites):
                 best = max(sites, key=lambda site: scores[site.name]).name
-                ranks = choose_ranks(pools, scores, scales, space.ranks, required={best}, seed=seed)
+                ranks = choose(required={best}, seed=seed)
             seconds = time.perf_counter() - start
             step_seconds = timed_step(probe, feed.first())
         finally:
@@ -255,6 +271,7 @@ def allocate(
         seed=seed,
         scaling=scale,
         probe_rank=probe_rank,
+        variant=variant,
         seconds=seconds,
         step_seconds=step_seconds,
     )
@@ -330,10 +347,9 @@ def _alpha(scaling: float, rank: int) -> int | float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _proxy_named(proxy: str) -> Proxy:
+def _check_proxy(proxy: str) -> None:
     if proxy not in PROXIES:
         raise SearchSpaceError(f"unknown proxy {proxy!r}; choose one of {', '.join(PROXIES)}")
-    return PROXIES[proxy]
 
 
 def _checked_scaling(scaling: Any) -> float:

@@ -234,4 +234,6 @@ def _jittered(gains: np.ndarray, ranks: Sequence[int], seed: int) -> np.ndarray:
     # A candidate that gains nothing stays below all others, yet is ordered by the seed too.
     smallest = gains[gains > 0].min()
     nothing = _TIE * smallest * noise * np.log2(1.0 + np.asarray(ranks, dtype=np.float64))
-    return np.where(gains.max(axis=1, keepdims=True) > 0, gains * (1.0 + _TIE * noise), nothing)
+    jittered = np.where(gains.max(axis=1, keepdims=True) > 0, gains * (1.0 + _TIE * noise), nothing)
+    # What is ruled out stays so.
+    return np.where(np.isneginf(gains), gains, jittered)

@@ -296,8 +296,7 @@ class DynamicSearchCallback(TrainerCallback):
                     batches = self._samples.take(loader, size, own)
                 with buffers_kept(self._model), nonzero_b(self._model, proxy, self.seed):
                     scores = agreed_scores(PROXIES[proxy], self._model, batches)
-            # Equal scores are to stay so: a random choice knows no scale.
-            scales = {n: 1.0 if proxy == "constant" else masks.scale(n) for n in scores}
+            scales = None if proxy == "constant" else {n: masks.scale(n) for n in scores}
             chosen = choose_ranks(self._pools, scores, scales, self._choices, seed=own)
         except BaseException:
             masks.apply(before, optimizer)

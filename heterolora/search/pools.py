@@ -11,10 +11,9 @@ from heterolora.search.budget import (
     Budget,
     Priced,
     check_affordable,
-    log_gains,
-    normalise,
     solve,
 )
+from heterolora.search.gains import Gains, by_layer, divided, rank_gains
 
 __all__ = ["Pool", "choose_ranks", "make_pools"]
 
@@ -59,24 +58,29 @@ def make_pools(
 def choose_ranks(
     pools: Sequence[Pool],
     scores: Mapping[str, float],
-    scales: Mapping[str, float],
+    scales: Mapping[str, float] | None,
     ranks: Sequence[int],
     *,
     required: Collection[str] = (),
     seed: int = 0,
+    equal_layers: bool = False,
 ) -> dict[str, int]:
     """{name: rank}: in every pool the ranks that spend its budget best by `scores`.
 
-    A score counts per unit of scale: the gradients of A and B are proportional to alpha/r, so with
-    other scales for shortcuts (HeteroLoRA: 0.5, and 2 for LoRA) the raw scores would compare the
-    scales.
+    Of one score each a rank gains as `heterolora.search.budget.log_gains` says; `Gains` say
+    themselves what each rank is worth, and are compared as they are. A score counts per unit of
+    scale: the gradients of A and B are proportional to alpha/r, so with other scales for shortcuts
+    (HeteroLoRA: 0.5, and 2 for LoRA) the raw scores would compare the scales.
 
     Args:
         scores: of every candidate.
-        scales: alpha/r of every candidate, at the rank it was scored with.
+        scales: alpha/r of every candidate, at the rank it was scored with; None where scores do not
+            depend on it, as those of "constant".
         ranks: to choose from.
         required: candidates that must get a rank above 0.
         seed: breaks ties only.
+        equal_layers: within a pool every layer's scores count for the same total first, as
+            `heterolora.search.gains.by_layer` makes them.
 
     Raises:
         ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`, for each pool.
@@ -85,8 +89,9 @@ def choose_ranks(
     chosen: dict[str, int] = {}
     for pool in pools:
         names = [candidate.name for candidate in pool.candidates]
-        weights = normalise({name: scores[name] / scales[name] for name in names})
-        gains = log_gains(list(weights.values()), ranks)
+        unlike = {} if scales is None or isinstance(scores, Gains) else scales
+        own = divided(scores, {name: unlike.get(name, 1.0) for name in names})
+        gains = rank_gains(by_layer(own) if equal_layers else own, ranks)
         for name, row in zip(names, gains, strict=True):
             if name in required and ranks[0] == 0:
                 row[0] = -math.inf

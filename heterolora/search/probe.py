@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from heterolora.errors import DataError, ModelError
 from heterolora.search.proxies import (
     NEEDS_NONZERO_B,
+    SKETCHES,
     Batch,
     batch_loss,
     branch_factors,
@@ -24,12 +25,39 @@ from heterolora.search.proxies import (
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["PROBE_B_STD", "Feed", "attach", "draw_b", "nonzero_b", "timed_step"]
+__all__ = [
+    "PROBE_B_STD",
+    "PROBE_RANK",
+    "SKETCH_RANK",
+    "Feed",
+    "attach",
+    "draw_b",
+    "nonzero_b",
+    "rank_to_probe",
+    "timed_step",
+    "tracked",
+]
+
+T = TypeVar("T")
 
 logger = logging.getLogger("heterolora")
 
 # SNIP and SynFlow are linear in B near B = 0, so to first order this scale cancels in a ranking.
 PROBE_B_STD = 1e-3
+
+# A gradient norm at rank 8 averages eight random directions, and the pass costs no more than a
+# training step of common rank.
+PROBE_RANK = 8
+# The docstring of `heterolora.search.spectral.spectral` says what a sketch of this rank is worth.
+SKETCH_RANK = 40
+_OVERSAMPLING = 8
+
+
+def rank_to_probe(proxy: str, largest: int) -> int:
+    """The rank of the probe adapter, with `largest` the largest rank that may be chosen."""
+    if proxy in SKETCHES:
+        return max(SKETCH_RANK, largest + _OVERSAMPLING)
+    return min(largest, PROBE_RANK)
 
 
 def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
@@ -77,7 +105,9 @@ def nonzero_b(model: nn.Module, proxy: str, seed: int) -> Iterator[None]:
 
 
 class Feed:
-    """Batches that can be iterated once, with a progress bar, and whose first one is kept."""
+    """Batches that can be iterated once, with a progress bar, and whose first one is kept; or, if
+    all are kept, any number of times.
+    """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         if not isinstance(batches, Iterable):
@@ -85,6 +115,17 @@ class Feed:
         self._total = len(batches) if isinstance(batches, Sized) else None
         self._rest = iter(batches)
         self._first: Batch | None = None
+        self._kept: list[Batch] | None = None
+
+    def keep(self) -> list[Batch]:
+        """All batches, which are in memory from now on.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self._kept is None:
+            self._kept = [self.first(), *self._rest]
+        return self._kept
 
     def first(self) -> Batch:
         """The first batch, whether or not it was consumed already.
@@ -100,14 +141,21 @@ class Feed:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Iterator[Batch]]:
-        """All batches, with a bar on stderr that vanishes at the end; no bar off a terminal."""
-        from rich.console import Console
-        from rich.progress import Progress
+        """All batches, with a bar as of `tracked`."""
+        batches = chain([self.first()], self._rest) if self._kept is None else self._kept
+        with tracked(batches, self._total, label) as tracking:
+            yield tracking
 
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            batches = chain([self.first()], self._rest)
-            yield iter(bar.track(batches, self._total, description=label))
+
+@contextmanager
+def tracked(items: Iterable[T], total: int | None, label: str) -> Iterator[Iterator[T]]:
+    """The items, with a bar on stderr that vanishes at the end; no bar off a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield iter(bar.track(items, total, description=label))
 
 
 def timed_step(model: nn.Module, batch: Batch) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from heterolora.errors import DataError, ScoreError
+from heterolora.search.gains import numbers, renumbered
 from heterolora.search.proxies import Batch, Proxy, model_device
 
 __all__ = ["Samples", "agreed_scores", "derived_seed"]
@@ -124,11 +125,9 @@ def agreed_scores(proxy: Proxy, model: nn.Module, batches: Iterable[Batch]) -> d
         raise
     if not asked:
         agree(failed=False)
-    names = sorted(scores)
-    values = torch.tensor([scores[name] for name in names], dtype=torch.float64, device=device)
+    values = torch.tensor(numbers(scores), dtype=torch.float64, device=device)
     dist.broadcast(values, src=0)
-    agreed: Mapping[str, float] = dict(zip(names, values.tolist(), strict=True))
-    return {name: agreed[name] for name in scores}
+    return renumbered(scores, values.tolist())
 
 
 def _add_up(tensors: list[Tensor]) -> None:

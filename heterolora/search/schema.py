@@ -1,4 +1,5 @@
-"""The JSON form of an allocation: schema version 2. Version 1 knew no shortcuts."""
+"""The JSON form of an allocation: schema version 2. Version 1 knew no shortcuts and no
+variants."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from heterolora.attachments import Candidate
-from heterolora.errors import AllocationFileError
+from heterolora.errors import AllocationFileError, SearchSpaceError
 from heterolora.search.allocation import Allocation
 from heterolora.search.space import MAX_RANK
+from heterolora.search.variant import Variant
 from heterolora.shortcuts import KINDS
 from heterolora.sites import Site
 from heterolora.structure import LayerParts
@@ -38,7 +40,8 @@ _PLAIN_KEYS = (
     "task_type",
 )
 _SHORTCUT_KEYS = {"mapping", "shortcut_candidates", "shortcut_scaling"}
-_KEYS = {*_PLAIN_KEYS, *_SHORTCUT_KEYS, "schema_version", "sites"}
+_KEYS = {*_PLAIN_KEYS, *_SHORTCUT_KEYS, "schema_version", "sites", "variant"}
+_VARIANT_KEYS = {field.name for field in fields(Variant)}
 _SITE_KEYS = {"conv1d", "in_features", "out_features"}
 _CANDIDATE_KEYS = {"kind", "layer", "projection", "width"}
 _PART_KEYS = {field.name for field in fields(LayerParts)}
@@ -63,6 +66,7 @@ def write(allocation: Allocation, path: Path) -> None:
     document["shortcut_candidates"] = {
         name: asdict(candidate) for name, candidate in allocation.shortcut_candidates.items()
     }
+    document["variant"] = asdict(allocation.variant)
     document["shortcut_scaling"] = allocation.shortcut_scaling
     mapping = allocation.mapping
     document["mapping"] = None if mapping is None else [dict(layer) for layer in mapping]
@@ -116,6 +120,7 @@ class _Reader:
             self.fail(repr(key), "is not a key of an allocation")
         if version == 1:
             self.document |= {"mapping": None, "shortcut_candidates": {}, "shortcut_scaling": 2.0}
+            self.document["variant"] = asdict(Variant())
         sites = {name: self.site(name, entry) for name, entry in self.mapping("sites").items()}
         # JSON sorts the keys; model order cannot be recovered and nothing depends on it.
         ranks = self.per_name("ranks", sites, lambda k, v: self.integer(k, v, 0, MAX_RANK))
@@ -137,6 +142,7 @@ class _Reader:
                 "shortcut_scaling", self.value("shortcut_scaling"), positive=True
             ),
             mapping=self.layers(),
+            variant=self.variant(),
             budget_parameters=self.integer(
                 "budget_parameters", self.value("budget_parameters"), low=1
             ),
@@ -213,6 +219,15 @@ class _Reader:
             for part, name in layer.items():
                 self.text(f"{key}.{part}", name)
         return value
+
+    def variant(self) -> Variant:
+        entry = self.mapping("variant")
+        if entry.keys() != _VARIANT_KEYS:
+            self.fail("variant", f"must have the keys {', '.join(sorted(_VARIANT_KEYS))}")
+        try:
+            return Variant(**entry)
+        except SearchSpaceError as error:
+            self.fail("variant", str(error))
 
     def site(self, name: str, entry: Any) -> Site:
         key = f"sites[{name!r}]"

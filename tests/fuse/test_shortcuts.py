@@ -300,6 +300,7 @@ def test_scores_are_those_of_plain_gradients():
     batch = batch_for(base)
     model = with_shortcuts(base)
     _, grads = step(model, batch)
+    shortcuts = {s.name: (s.a.grad.norm(), s.b.grad.norm()) for s in model.low_rank_shortcuts}
     model.zero_grad()
     heterolora.fuse(model, example=batch, backend="aten")
     scores = PROXIES["grad-norm"](model, [batch])

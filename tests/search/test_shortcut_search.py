@@ -173,6 +173,14 @@ def test_scales_do_not_decide():
         assert found[1].scores[name] == score / (4 if ":" in name else 1)
 
 
+def test_a_random_choice_knows_no_scale():
+    arguments = {"budget": Budget(rank=1), "space": ON_OFF, "proxy": "constant", "seed": 2}
+    alike, unlike = (
+        allocate(opt(), batches(1), shortcut_scaling=scaling, **arguments) for scaling in (2.0, 0.1)
+    )
+    assert alike.shortcuts == unlike.shortcuts and alike.ranks == unlike.ranks
+
+
 # The candidates of HeteroLoRA's runs on OPT-350M: Q and V of 24 layers, and 95 shortcuts.
 SIZES = {
     "small": {"hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 24, "vocab_size": 61},
