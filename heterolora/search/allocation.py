@@ -21,6 +21,9 @@ from heterolora.search.preserve import preserved, seeded
 from heterolora.search.probe import Feed, attach, draw_b, timed_step
 from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, Batch, Proxy
 from heterolora.search.space import SearchSpace
+from heterolora.search.step_fit import calibrated
+from heterolora.search.step_time import StepTime
+from heterolora.search.time_budget import TimeBudget
 from heterolora.sites import Site, find_sites, head_names, task_type
 
 if TYPE_CHECKING:
@@ -53,6 +56,10 @@ class Allocation:
         seconds: wall time of the search: probe adapter, scoring and solving.
         step_seconds: wall time of one warm training step (forward, backward, AdamW) of the probe
             adapter on the first batch; None if nothing was scored.
+        step_time: training step relative to uniform LoRA of the budget's rank, as predicted; None
+            without a budget of time.
+        step_time_error: largest relative error of the measured steps that the prediction was fitted
+            to, each predicted from the others; None by the cost model alone.
     """
 
     scores: dict[str, float]
@@ -69,6 +76,8 @@ class Allocation:
     shortcuts: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     step_seconds: float | None = None
+    step_time: float | None = None
+    step_time_error: float | None = None
 
     @property
     def parameters(self) -> int:
@@ -152,7 +161,7 @@ def allocate(
         model: any transformers model without an adapter, on the device to score on.
         batches: dicts that the model takes, labels included; consumed once, all of them
             (synflow uses only the first).
-        budget: LoRA parameters to spend.
+        budget: LoRA parameters to spend, and the time that a training step may take.
         proxy: "constant" (the random control), "grad-norm", "snip" or "synflow".
         space: candidate modules and ranks; the default is all linears at 0, 1, 2, 4, 8, 16, 32.
         seed: seeds the probe adapter and dropout, and orders ties.
@@ -162,7 +171,8 @@ def allocate(
         ModelError: the model cannot be scored (no linears, already adapted, no loss).
         DataError: no batches, or batches without labels.
         SearchSpaceError: unknown proxy, or candidates that match nothing.
-        BudgetError: the budget is too small for one adapter, or its rank above every candidate's.
+        BudgetError: the budget is too small for one adapter, its rank above every candidate's, or
+            its time less than that of any adapter.
         ScoreError: the loss or a score is not finite; DegenerateScoreError: every score is zero.
     """
     space = space or SearchSpace()
@@ -173,6 +183,7 @@ def allocate(
     pools = make_pools(sites, [], space.ranks, budget)
     budget_parameters = sum(pool.parameters for pool in pools)
     probe_rank = min(space.ranks[-1], PROBE_RANK)
+    timing: dict[str, float | None] = {}
 
     start = time.perf_counter()
     everywhere = _allocation(
@@ -186,6 +197,9 @@ def allocate(
     )
     with preserved(model), seeded(seed), torch.enable_grad():
         feed = Feed(batches)
+        clock = None
+        if budget.step_time is not None:
+            clock = _time_budget(model, feed.first(), budget, everywhere, space)
         probe = attach(model, everywhere.lora_config)
         if proxy in NEEDS_NONZERO_B:
             draw_b(probe, seed)
@@ -196,9 +210,11 @@ def allocate(
                 fuse(probe)
             with feed.progress(f"scoring ({proxy})") as stream:
                 scores = measure(probe, stream)
-            ranks = choose_ranks(
-                pools, scores, dict.fromkeys(scores, scale), space.ranks, seed=seed
-            )
+            if clock is None:
+                scales = dict.fromkeys(scores, scale)
+                ranks = choose_ranks(pools, scores, scales, space.ranks, seed=seed)
+            else:
+                ranks, timing = clock.choose(scores, seed=seed)
             seconds = time.perf_counter() - start
             step_seconds = timed_step(probe, feed.first())
         finally:
@@ -216,6 +232,7 @@ def allocate(
         probe_rank=probe_rank,
         seconds=seconds,
         step_seconds=step_seconds,
+        **timing,
     )
 
 
@@ -256,6 +273,16 @@ def _allocation(model: nn.Module, sites: list[Site], **fields: Any) -> Allocatio
         ),
         **fields,
     )
+
+
+def _time_budget(
+    model: nn.Module, batch: Batch, budget: Budget, everywhere: Allocation, space: SearchSpace
+) -> TimeBudget:
+    sites = list(everywhere.sites.values())
+    step = StepTime.of(model, batch, sites)
+    if budget.measured:
+        step = calibrated(step, model, batch, everywhere)
+    return TimeBudget(budget, step, sites, space.ranks)
 
 
 def _endings(name: str) -> set[str]:

@@ -140,6 +140,11 @@ class DynamicSearchCallback(TrainerCallback):
     ) -> None:
         if not isinstance(budget, Budget):
             raise BudgetError(f"budget must be a Budget(rank=... or params=...), not {budget!r}")
+        if budget.step_time is not None:
+            raise BudgetError(
+                "no dynamic search under step_time: every ranking needs all modules; use a budget "
+                "of rank or params, or heterolora.allocate"
+            )
         if proxy not in PROXIES:
             raise SearchSpaceError(f"unknown proxy {proxy!r}; choose one of {', '.join(PROXIES)}")
         if not _is_number(every) or not 0 < every <= 1:

@@ -45,6 +45,8 @@ def make_pools(
         BudgetError: a budget is not a Budget, buys nothing, or is of a rank above the largest.
         SearchSpaceError: as `heterolora.search.budget.solve`.
     """
+    if shortcuts and any(b is not None and b.step_time for b in (budget, shortcut_budget)):
+        raise BudgetError("step_time cannot price shortcuts; leave them out of the search space")
     if shortcut_budget is None:
         return [_pool("budget", [*sites, *shortcuts], ranks, budget)]
     if not shortcuts:

@@ -23,8 +23,9 @@ from heterolora.search.proxies import (
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from rich.progress import Progress
 
-__all__ = ["PROBE_B_STD", "Feed", "attach", "draw_b", "nonzero_b", "timed_step"]
+__all__ = ["PROBE_B_STD", "Feed", "attach", "draw_b", "nonzero_b", "progress", "timed_step"]
 
 logger = logging.getLogger("heterolora")
 
@@ -100,14 +101,21 @@ class Feed:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Iterator[Batch]]:
-        """All batches, with a bar on stderr that vanishes at the end; no bar off a terminal."""
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        """All batches, with a bar."""
+        with progress() as bar:
             batches = chain([self.first()], self._rest)
             yield iter(bar.track(batches, self._total, description=label))
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars on stderr that vanish at the end; none off a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield bar
 
 
 def timed_step(model: nn.Module, batch: Batch) -> float:
