@@ -12,10 +12,10 @@ model of the kernels (:mod:`heterolora.kernels.cost`), the path of a group from 
 to uniform LoRA most of what the model leaves out cancels; what does not is fitted to measured steps
 (:mod:`heterolora.search.step_fit`).
 
-Taken to be needed although it is not: the gradients of operations that are executed after the cut
-but depend on nothing that is adapted, such as the first self-attention of a decoder where only the
-encoder is adapted. Left out: what recomputing under checkpointing costs beyond one step's share,
-communication between processes, and the data loader.
+Taken to be needed although it is not: gradients of operations that are executed after the cut but
+depend on nothing that is adapted, such as the first self-attention of a decoder where only the
+encoder is adapted, or the activation of a gate whose sibling is the cut. Left out: communication
+between processes, the data loader, and what reentrant checkpointing computes again.
 """
 
 from __future__ import annotations
