@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -118,8 +118,10 @@ def progress() -> Iterator[Progress]:
         yield bar
 
 
-def timed_step(model: nn.Module, batch: Batch) -> float:
-    """Wall seconds of one training step (forward, backward, AdamW), after one untimed step."""
+def timed_step(
+    model: nn.Module, batch: Batch, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of one training step (forward, backward, AdamW), after one untimed step."""
     device = model_device(model)
     model.train()
     adapter = [p for pair in branch_factors(model).values() for p in pair]
@@ -127,12 +129,12 @@ def timed_step(model: nn.Module, batch: Batch) -> float:
     elapsed = 0.0
     for _ in range(2):
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         batch_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         _wait(device)
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
     return elapsed
 
 

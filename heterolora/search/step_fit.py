@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from torch import nn
 from heterolora.fuse import fuse
 from heterolora.search.preserve import preserved, seeded
 from heterolora.search.probe import attach, progress, timed_step
-from heterolora.search.proxies import Batch
+from heterolora.search.proxies import Batch, model_device
 from heterolora.search.step_time import Calibration, StepTime
 
 if TYPE_CHECKING:
@@ -115,4 +116,10 @@ def _measured(
     with preserved(model):
         probe = attach(model, replace(everywhere, ranks=full).lora_config)
         fuse(probe)
-        return timed_step(probe, batch)
+        return timed_step(probe, batch, _clock(model_device(model)))
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Of one thread on a CPU its own time, which other processes disturb less than wall time."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter

@@ -117,10 +117,10 @@ def test_measured_steps_are_real_and_leave_the_model_alone(monkeypatch):
     seen = []
     timed = step_fit.timed_step
 
-    def spy(probe, given):
+    def spy(probe, given, clock):
         adapted = [n for n, m in probe.get_base_model().named_modules() if hasattr(m, "lora_A")]
         seen.append(len(adapted))
-        return timed(probe, given)
+        return timed(probe, given, clock)
 
     monkeypatch.setattr(step_fit, "timed_step", spy)
     step = StepTime.of(model, batch, find_sites(model))
