@@ -94,6 +94,7 @@ MISTAKES = {
         "a budget of 10 parameters is below one adapter of the smallest rank",
     ),
     "budget of rank 0": (SEARCH + " --budget-rank 0", "expected a positive integer"),
+    "a time below any step's": (SEARCH + " --step-time 0.01", "step_time=0.01 cannot be met"),
     "unknown proxy": (SEARCH + " --proxy magic", "unknown proxy 'magic'; choose one of"),
     "ranks that are no numbers": (SEARCH + " --ranks 0,two", "--ranks '0,two': numbers with"),
     "ranks out of order": (SEARCH + " --ranks 8,2", "not in increasing order"),
@@ -159,6 +160,17 @@ def test_wrong_options_exit_with_2(
     assert message in capsys.readouterr().err
 
 
+def test_search_within_a_fraction_of_the_step(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = SEARCH + " --step-time 0.9 --measure-steps --json -"
+    assert cli.main(_filled(words, files, tmp_path)) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert 0 < found["step_time"] <= 0.9 and found["step_time_error"] > 0
+    assert "of uniform's, by measured steps, error" in captured.err
+
+
 def test_search_then_train_then_a_resume_that_has_nothing_left(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +180,7 @@ def test_search_then_train_then_a_resume_that_has_nothing_left(
     assert found["parameters"] <= found["budget_parameters"]
     assert len(found["ranks"]) == 13 and set(found["ranks"]) == set(found["scores"])
     assert "rank by layer and module" in captured.err
+    assert found["step_time"] is None and "of uniform's" not in captured.err
     assert "classification: text 'text', label 'label'; train 32" in captured.err
 
     words = TRAIN + " --allocation {out}/a.json --json {out}/train.json --save-steps 1"
