@@ -60,7 +60,7 @@ class TimeBudget:
         reference: rank of the uniform LoRA that times are relative to.
 
     Raises:
-        BudgetError: no allocation is within both limits.
+        BudgetError: a limit is below what any allocation costs.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class TimeBudget:
 
         Raises:
             ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`.
+            BudgetError: what fits gains nothing.
         """
         weights = normalise({name: scores[name] for name in self._sites})
         gains = np.array(log_gains(list(weights.values()), self._ranks))
@@ -119,7 +120,11 @@ class TimeBudget:
             for part in self._parts
         ]
         found = solve_with_cut(items, self._limits)
-        assert found is not None  # checked before
+        if found is None:
+            raise BudgetError(
+                "no module of a score above 0 can be adapted within both limits, parameters and "
+                "step_time; raise one of them"
+            )
         if not found.exact:
             logger.info(
                 "time budget: the gain is %.3f of the most there could be", found.gain / found.bound

@@ -100,6 +100,10 @@ def test_nothing_is_bought_for_a_score_of_zero(case):
     scores = {name: 0.0 if name in lowest else score for name, score in scores.items()}
     ranks, timing = TimeBudget(Budget(step_time=1.0), step, sites, RANKS).choose(scores)
     assert not any(ranks[name] for name in lowest) and timing["step_time"] < 1
+    above = {name: float(name in lowest) for name in scores}
+    share = step.relative({sites[-1].name: 2}, 8) + 1e-6
+    with pytest.raises(BudgetError, match="no module of a score above 0"):
+        TimeBudget(Budget(step_time=share), step, sites, RANKS).choose(above)
     with pytest.raises(DegenerateScoreError):
         TimeBudget(Budget(step_time=1.0), step, sites, RANKS).choose(dict.fromkeys(scores, 0.0))
 
