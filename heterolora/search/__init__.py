@@ -1,4 +1,4 @@
-"""Search: which module deserves which LoRA rank under a parameter budget."""
+"""Search: which module deserves which LoRA rank under a budget of parameters and time."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ from heterolora.search.budget import Budget
 from heterolora.search.export import save_enabled
 from heterolora.search.proxies import PROXIES
 from heterolora.search.space import SearchSpace
+from heterolora.search.step_time import StepTime
 
 if TYPE_CHECKING:
     from heterolora.search.dynamic import DynamicSearchCallback
@@ -18,6 +19,7 @@ __all__ = [
     "Budget",
     "DynamicSearchCallback",
     "SearchSpace",
+    "StepTime",
     "adapt",
     "allocate",
     "save_enabled",

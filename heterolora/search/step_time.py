@@ -35,7 +35,7 @@ from heterolora.kernels.dispatch import decide, known, triton_reason
 from heterolora.kernels.measured import Tuned
 from heterolora.search.proxies import Batch, model_device
 from heterolora.search.trace import Group, Trace, trace
-from heterolora.sites import Site
+from heterolora.sites import Site, find_sites
 
 __all__ = ["Calibration", "StepTime"]
 
@@ -84,7 +84,7 @@ class StepTime:
         cls,
         model: nn.Module,
         batch: Batch,
-        sites: Sequence[Site],
+        sites: Sequence[Site] | None = None,
         *,
         device: Device | None = None,
         captured: bool = False,
@@ -93,13 +93,14 @@ class StepTime:
 
         Args:
             batch: as in training: its size is what the times are for.
-            sites: the candidates.
+            sites: the candidates; as `heterolora.sites.find_sites` if None.
             device: ceilings; those of the model's device if None.
             captured: whether steps will be captured in CUDA graphs.
 
         Raises:
             DataError, ModelError, ScoreError: the model has no loss for this batch.
         """
+        sites = find_sites(model) if sites is None else sites
         where = model_device(model)
         tuned, ceilings = known(where)
         if device is not None:
