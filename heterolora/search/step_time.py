@@ -105,12 +105,13 @@ class StepTime:
         tuned, ceilings = known(where)
         if device is not None:
             tuned, ceilings = None, device
+        if captured:
+            # What was measured was launched by the host.
+            tuned, ceilings = None, ceilings.captured()
         paths: tuple[str, ...] = ("peft", "aten")
         if where.type != "cpu" and triton_reason(torch.empty(0, device=where)) is None:
             paths = (*paths, "triton")
-        return cls(
-            trace(model, batch, sites), ceilings.captured() if captured else ceilings, tuned, paths
-        )
+        return cls(trace(model, batch, sites), ceilings, tuned, paths)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -161,6 +162,11 @@ class StepTime:
         """
         return self._cost(self._extra_parts(index, ranks, at_cut))
 
+    def input_grad(self, index: int, *, at_cut: bool) -> bool:
+        """Whether group `index` is taken to need the gradient of its input."""
+        above = self.groups[index].above
+        return above >= index or (above >= 0 and not at_cut)
+
     def parts(self, ranks: Mapping[str, int]) -> np.ndarray:
         """Modelled seconds [4] of the parts of a step: the frozen forward and backward pass, calls
         of adapters, work of adapters. A calibration has a factor for each."""
@@ -173,7 +179,7 @@ class StepTime:
     def _cost(self, parts: np.ndarray) -> np.ndarray:
         """Costs of parts [4, 2], whose columns are the device and the host."""
         if self.calibration is None:
-            return parts.sum(axis=0)
+            return parts.sum(axis=0)[: 2 if self.device.host else 1]
         return np.array([parts.max(axis=1) @ self.calibration.factors])
 
     def _base_parts(self, cut: int) -> np.ndarray:
@@ -189,7 +195,8 @@ class StepTime:
             return np.zeros((4, 2))
         # Frozen siblings run by themselves.
         problem = replace(problem, sites=tuple(sites), branches=live)
-        return _adapters(problem, self.device, self.tuned, self.paths, not at_cut)
+        needed = self.input_grad(index, at_cut=at_cut)
+        return _adapters(problem, self.device, self.tuned, self.paths, needed)
 
 
 def _ranks_of(group: Group, ranks: Mapping[str, int]) -> tuple[int, ...]:

@@ -173,7 +173,8 @@ class TimeBudget:
 
     def _extra(self, index: int, ranks: tuple[int, ...], at_cut: bool) -> np.ndarray:
         # Layers repeat.
-        key = self.step.groups[index].problem, ranks, at_cut
+        needed = self.step.input_grad(index, at_cut=at_cut)
+        key = self.step.groups[index].problem, ranks, needed
         if key not in self._known:
             self._known[key] = self.step.extra(index, ranks, at_cut=at_cut)
         return self._known[key]

@@ -48,7 +48,7 @@ class Group:
         names: of the candidates, in order of execution.
         problem: their shapes, without branches. A group that is called again counts all its rows.
         above: the latest group that its input depends on; -1 for none, and then its input needs no
-            gradient whatever is adapted.
+            gradient whatever is adapted; the number of groups if it needs one in any case.
     """
 
     names: tuple[str, ...]
@@ -98,6 +98,7 @@ def trace(
         with recorder, calls.marking():
             with recorder.into(forward):
                 loss = batch_loss(model, batch)
+            calls.counting = False
             assert loss.grad_fn is not None
             after = _latest(loss.grad_fn, calls.marks, len(calls.runs))
             backward: list[list[Step]] = [[] for _ in range(len(calls.runs) + 1)]
@@ -118,13 +119,15 @@ class _Calls:
         self.runs: list[list[str]] = []
         self.sources: list[Any] = []
         self.marks: dict[Any, int] = {}
+        # Off in the backward pass, where checkpointing calls the layers again.
+        self.counting = True
         self._layers = {site.name: (site, modules[site.name]) for site in sites}
         self._recorder = recorder
         self._rows: dict[str, int] = {}
         self._itemsize: dict[str, int] = {}
         self._first: dict[str, int] = {}
         self._last: tuple[Tensor, int] | None = None
-        self._zero: Tensor | None = None
+        self._zeros: dict[torch.device, Tensor] = {}
 
     @contextmanager
     def marking(self) -> Iterator[None]:
@@ -151,22 +154,23 @@ class _Calls:
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def called(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = inputs[0]
-            rows = math.prod(x.shape[:-1])
-            if name in self._first:
-                self._rows[name] += rows
-            else:
-                self._enter(name, x, rows, output.dtype.itemsize)
+            if self.counting:
+                self._count(name, inputs[0], output.dtype.itemsize)
             with self._recorder.into(None):
-                if self._zero is None:
-                    self._zero = torch.zeros((), device=output.device, requires_grad=True)
-                marked = output + self._zero.to(output.device)
+                device = output.device
+                if device not in self._zeros:
+                    self._zeros[device] = torch.zeros((), device=device, requires_grad=True)
+                marked = output + self._zeros[device]
             self.marks[marked.grad_fn] = self._first[name]
             return marked
 
         return called
 
-    def _enter(self, name: str, x: Tensor, rows: int, itemsize: int) -> None:
+    def _count(self, name: str, x: Tensor, itemsize: int) -> None:
+        rows = math.prod(x.shape[:-1])
+        if name in self._first:
+            self._rows[name] += rows
+            return
         last, self._last = self._last, (x, x._version)
         if last is None or last[0] is not x or last[1] != x._version:
             self.runs.append([])

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from helpers import batch_for, build, with_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -127,6 +128,35 @@ def test_flops_of_the_forward_pass_are_those_of_its_matmuls():
     head = 2 * 3 * 48 * 3
     attention = 2 * (4 * 3 * 9 * 9 * 48)
     assert sum(step.flops for step in found.forward) == encoder + head + attention
+
+
+def test_checkpointing_computes_the_forward_pass_again_and_never_ends_the_backward_pass():
+    """Transformers makes the embeddings' output require grad for it, whatever is adapted."""
+    plain, kept = build("bert"), build("bert")
+    kept.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = batch_for(plain)
+    first, second = (trace(m, batch, find_sites(m)) for m in (plain, kept))
+    assert [(g.names, g.problem) for g in first.groups] == [
+        (g.names, g.problem) for g in second.groups
+    ]
+    ones, twos = (sum(s.flops for part in f.backward for s in part) for f in (first, second))
+    encoder = sum(2 * g.problem.m * g.problem.sources[0] * sum(g.problem.sites)
+                  for g in first.groups)  # fmt: skip
+    assert twos > ones + 0.8 * encoder
+    top = list(second.groups[-1].names)
+    needs, _ = observed(kept, batch, top)
+    expected, _ = predicted(second, top)
+    assert {n: needs[n] for n in expected} == expected and all(expected.values())
+
+
+def test_a_module_that_is_called_twice_counts_all_its_rows():
+    config = transformers.AlbertConfig(
+        vocab_size=97, embedding_size=16, hidden_size=48, num_hidden_layers=3,
+        num_attention_heads=4, intermediate_size=80, num_labels=3,
+    )  # fmt: skip
+    model = transformers.AlbertForSequenceClassification(config)
+    found = trace(model, batch_for(model, rows=3, length=9), find_sites(model, ["query", "value"]))
+    assert [group.problem.m for group in found.groups] == [3 * 27]
 
 
 def test_the_model_is_left_as_it_was():
