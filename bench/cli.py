@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heterolora.bench.evidence import command as evidence
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,6 +25,8 @@ examples:
   heterolora bench --explain --case 'linears-*' --device H100
   heterolora bench gpu --minutes 8 --out gpu
   heterolora bench gpu --tune --minutes 30 --out gpu
+  heterolora bench evidence main --data data --out evidence
+  heterolora bench evidence --report evidence
 """
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -34,10 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         nargs="?",
-        choices=("run", "report", "gpu"),
+        choices=("run", "report", "gpu", "evidence"),
         default="run",
         help="run cases (default); report: print the tables of result files; gpu: check and "
-        "measure a GPU, cases in order of importance, going on where an earlier run stopped",
+        "measure a GPU, cases in order of importance, going on where an earlier run stopped; "
+        "evidence: train arms of rank allocation on real tasks, likewise",
     )
     parser.add_argument(
         "folder",
@@ -45,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=RESULTS,
         metavar="DIR",
-        help="report: the folder of result files (default: those that come with heterolora)",
+        help="report: the folder of result files (default: those that come with heterolora); "
+        "evidence: the configuration, a JSON file or main",
     )
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument(
@@ -109,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="time nothing: print what the cost model expects of every group",
     )
+    evidence.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
@@ -124,6 +131,10 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
     """
     from heterolora.bench.harness import BenchError
 
+    if args.action == "evidence":
+        return evidence.run(args, None if args.folder == RESULTS else args.folder)
+    if evidence.given(args):
+        raise BenchError("--data, --workers, --only, --report, --markdown: of `bench evidence`")
     if args.action == "report":
         return _report(args)
     if args.action == "gpu":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from heterolora.io import load_adapter, save_adapter
     from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
     from heterolora.search.dynamic import DynamicSearchCallback
+    from heterolora.shortcut_checkpoints import ShortcutCallback
     from heterolora.shortcuts import add_shortcuts, remove_shortcuts
     from heterolora.trainers import GraphedTrainer
     from heterolora.training import FuseCallback
@@ -30,6 +31,7 @@ __all__ = [
     "FuseReport",
     "GraphedTrainer",
     "SearchSpace",
+    "ShortcutCallback",
     "adapt",
     "add_shortcuts",
     "allocate",
@@ -49,6 +51,7 @@ _HOME = {
     "FuseCallback": "training",
     "GraphedTrainer": "trainers",
     "SearchSpace": "search",
+    "ShortcutCallback": "shortcut_checkpoints",
     "adapt": "search",
     "add_shortcuts": "shortcuts",
     "allocate": "search",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from heterolora.errors import ShortcutError
 from heterolora.kernels import Branch, low_rank_add
+from heterolora.masks import rank_in_use
 from heterolora.sources import FFN, LAYER, Key, Sources
 
 __all__ = ["Attachment", "Candidate", "Shortcut"]
@@ -82,20 +83,35 @@ class Shortcut(nn.Module):
         return self.a.shape[0]
 
     @property
+    def in_use(self) -> int:
+        """The rank at which it is used; see `heterolora.masks.RankMasks`."""
+        rank = rank_in_use(self)
+        return self.rank if rank is None else rank
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B at the rank in use: [r, d] and [d, r]; the parameters themselves at the full one.
+
+        The scale stays that of the full rank.
+        """
+        rank = rank_in_use(self)
+        return (self.a, self.b) if rank is None else (self.a[:rank], self.b[:, :rank])
+
+    @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
     def forward(self, u: Tensor) -> Tensor:
         """[..., n] for a source [..., d], as PEFT computes a LoRA branch."""
-        u = u.to(self.a.dtype)
-        return nn.functional.linear(nn.functional.linear(u, self.a), self.b) * self.scale
+        a, b = self.factors
+        return nn.functional.linear(nn.functional.linear(u.to(a.dtype), a), b) * self.scale
 
     def extra_repr(self) -> str:
         return f"{self.name}, rank={self.rank}, alpha={self.alpha}"
 
 
 class Attachment:
-    """The shortcuts that end at one projection.
+    """The shortcuts that end at one projection; those switched off by a search are passed over.
 
     Attributes:
         bound: the projection's own forward adds them, as it is fused.
@@ -110,21 +126,19 @@ class Attachment:
 
     def __iter__(self) -> Iterator[Shortcut]:
         """Those in use, in the order of `branches`."""
-        return iter(self.shortcuts)
+        return (shortcut for shortcut in self.shortcuts if shortcut.in_use)
 
     def branches(self, site: int, x: Tensor) -> list[Branch]:
         """For an op on x [..., k], with the sources of the running pass."""
         if not self._sources.on:
             return []
-        return [Branch(site, s.a, s.b, s.scale, u) for s, u in self._with_sources(x)]
+        return [Branch(site, *s.factors, s.scale, u) for s, u in self._with_sources(x)]
 
     def shapes(self, site: int, x: Tensor) -> list[Branch]:
         """As `branches`, but with sources of no content, for asking what an op would take."""
         rows = x.shape[:-1]
-        held = {
-            s.source: x.new_empty(()).expand(*rows, s.a.shape[1]) for s in reversed(self.shortcuts)
-        }
-        return [Branch(site, s.a, s.b, s.scale, held[s.source]) for s in self.shortcuts]
+        held = {s.source: x.new_empty(()).expand(*rows, s.a.shape[1]) for s in self}
+        return [Branch(site, *s.factors, s.scale, held[s.source]) for s in self]
 
     def add(self, y: Tensor, *, in_place: bool) -> Tensor:
         """The projection's output y [..., n] with the shortcuts added.
@@ -135,8 +149,8 @@ class Attachment:
         if not self._sources.on:
             return y
         pairs = self._with_sources(y)
-        if self.backend is not None and in_place:
-            branches = [Branch(0, s.a, s.b, s.scale, u) for s, u in pairs]
+        if self.backend is not None and in_place and pairs:
+            branches = [Branch(0, *s.factors, s.scale, u) for s, u in pairs]
             return low_rank_add([y], pairs[0][1], branches, implementation=self.backend)[0]
         total = y
         for shortcut, u in pairs:
@@ -152,7 +166,7 @@ class Attachment:
     def _with_sources(self, rows_like: Tensor) -> list[tuple[Shortcut, Tensor]]:
         rows = rows_like.shape[:-1]
         views: dict[Key, Tensor] = {}
-        for shortcut in self.shortcuts:
+        for shortcut in self:
             u = self._sources.get(shortcut.source, shortcut.name)
             if u.shape[-1] != shortcut.a.shape[1] or math.prod(u.shape[:-1]) != math.prod(rows):
                 raise ShortcutError(
@@ -162,4 +176,4 @@ class Attachment:
             # OPT flattens the rows for its FFN. One view a source: the op reads it once.
             if shortcut.source not in views:
                 views[shortcut.source] = u if u.shape[:-1] == rows else u.reshape(*rows, -1)
-        return [(shortcut, views[shortcut.source]) for shortcut in self.shortcuts]
+        return [(shortcut, views[shortcut.source]) for shortcut in self]

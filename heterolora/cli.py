@@ -75,8 +75,11 @@ def _search(args: argparse.Namespace) -> int:
         step_time=args.step_time,
         measured=args.measure_steps,
     )
+    own = args.shortcut_budget_rank
     space = SearchSpace(
-        target_modules=options.targets(args.target_modules), ranks=options.ranks(args.ranks)
+        target_modules=options.targets(args.target_modules),
+        ranks=options.ranks(args.ranks),
+        shortcuts=options.shortcuts(args.shortcuts),
     )
     _quiet_libraries()
     data, model = _load(args)
@@ -88,7 +91,13 @@ def _search(args: argparse.Namespace) -> int:
     feed = batches(data, count=args.batches, batch_size=args.batch_size, seed=args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     allocation = allocate(
-        model.to(device), feed, budget=budget, proxy=args.proxy, space=space, seed=args.seed
+        model.to(device),
+        feed,
+        budget=budget,
+        shortcut_budget=None if own is None else Budget(rank=own),
+        proxy=args.proxy,
+        space=space,
+        seed=args.seed,
     )
     allocation.save(args.out)
     result = {
@@ -104,6 +113,7 @@ def _search(args: argparse.Namespace) -> int:
         "step_time": allocation.step_time,
         "step_time_error": allocation.step_time_error,
         "ranks": allocation.ranks,
+        "shortcuts": allocation.shortcuts,
         "scores": allocation.scores,
     }
     used = f"{allocation.parameters:,} of {allocation.budget_parameters:,} parameters"
@@ -119,7 +129,7 @@ def _search(args: argparse.Namespace) -> int:
         args,
         result,
         [
-            _rank_table(allocation.ranks),
+            _rank_table({**allocation.ranks, **allocation.shortcuts}),
             *lines,
             f"wrote {args.out}; train it with: heterolora train --allocation {args.out} "
             "and the same options for model and data",
@@ -240,6 +250,7 @@ _COMMANDS: dict[
             "heterolora search --data reviews.csv --budget-rank 4",
             "heterolora search --model ./llama --data notes.jsonl --text body --proxy snip",
             "heterolora search --data glue:mrpc --budget-params 100000 --out mrpc.json",
+            "heterolora search --data reviews.csv --budget-rank 4 --shortcuts all",
         ),
         options.add_search,
         _search,

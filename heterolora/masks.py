@@ -1,11 +1,13 @@
-"""Use a LoRA layer at less than its rank, and change that while the model trains.
+"""Use LoRA layers and shortcuts at less than their rank, and change that while the model trains.
 
-A layer of rank R is used at rank r by the first r rows of A [R, in] and the first r columns of B
+One of rank R is used at rank r by the first r rows of A [R, in] and the first r columns of B
 [out, R]; at rank 0 it is switched off. Everything else is *parked*: kept to the bit outside of the
 parameters, which hold zeros in its place. So the parameters always say what the model computes now:
 PEFT's own forward, `merge`, `save_pretrained` and `state_dict` need to know nothing of this.
 
 The scale stays alpha/R at every rank, as if the layer had rank r and alpha r * (alpha/R).
+
+"Layer" stands for both below, as their factors are alike: A [R, in], B [out, R].
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +25,7 @@ _MARK = "_heterolora_rank"
 
 
 def rank_in_use(layer: Any) -> int | None:
-    """The rank at which `RankMasks` has a LoRA layer used now; None where that is its full rank."""
+    """The rank at which `RankMasks` has a layer used now; None where that is its full rank."""
     rank: int | None = layer.__dict__.get(_MARK)
     return rank
 
@@ -49,7 +51,7 @@ class _Parked:
 
 
 class RankMasks:
-    """The ranks at which the LoRA layers of one model are used.
+    """The ranks at which the LoRA layers and shortcuts of one model are used.
 
     What is parked does not move: its gradient is zero (at rank 0 there is none), and the optimizer
     meets zeros in its place, which weight decay and a moment of zero leave as they are. At rank 0
@@ -58,22 +60,28 @@ class RankMasks:
     parameter's and goes on, so that rows that never trained start with Adam's correction of a later
     step.
 
-    Layers at rank 0 have no active adapter in PEFT's sense: they run their base layer alone.
+    LoRA layers at rank 0 have no active adapter in PEFT's sense: they run their base layer alone.
+    Shortcuts at rank 0 are no branch of the operation, and their source is not asked for.
 
     Args:
-        model: a `PeftModel` with one LoRA adapter of one rank.
+        model: a `PeftModel` with one LoRA adapter of one rank, and no shortcut of another.
 
     Attributes:
         adapter: the adapter's name.
         full_rank: R.
-        ranks: {module name in the base model: rank in use}.
+        layers: the LoRA layers by their names in the base model.
+        shortcuts: the shortcuts by name, "<projection>:<kind>".
+        ranks: {name of a LoRA layer or shortcut: rank in use}.
 
     Raises:
         ModelError: not such a model, or a layer is not plain LoRA on a linear layer.
     """
 
     def __init__(self, model: Any) -> None:
+        from heterolora.shortcuts import Shortcuts
+
         self.layers, self.adapter = _plain_layers(model)
+        self.shortcuts: dict[str, Any] = {s.name: s for s in Shortcuts.of(model) or ()}
         found = {name: self._factors(name)[0].shape[0] for name in self.layers}
         if len(set(found.values())) > 1:
             raise ModelError(
@@ -81,12 +89,18 @@ class RankMasks:
                 "one rank, the largest a module may get; adapt with heterolora.search.uniform"
             )
         self.full_rank = next(iter(found.values()))
-        self.ranks = dict.fromkeys(self.layers, self.full_rank)
+        other = next((s for s in self.shortcuts.values() if s.rank != self.full_rank), None)
+        if other is not None:
+            raise ModelError(
+                f"shortcut {other.name} has rank {other.rank}, and the LoRA layers have rank "
+                f"{self.full_rank}: a dynamic search needs one rank, the largest a module may get; "
+                f"add_shortcuts(model, rank={self.full_rank})"
+            )
+        self.ranks = dict.fromkeys([*self.layers, *self.shortcuts], self.full_rank)
         self._parked: dict[str, _Parked] = {}
-        for layer in self.layers.values():
+        for name in self.ranks:
             # Of masks whose parked values are lost or, after a resume, out of date.
-            if layer.__dict__.pop(_MARK, None) == 0:
-                _set_active(layer, [self.adapter])
+            self._unmark(name)
 
     def shape(self, name: str) -> tuple[int, int]:
         """(in, out) of a layer."""
@@ -95,6 +109,8 @@ class RankMasks:
 
     def scale(self, name: str) -> float:
         """alpha/R of a layer."""
+        if name in self.shortcuts:
+            return float(self.shortcuts[name].scale)
         return float(self.layers[name].scaling[self.adapter])
 
     def apply(self, ranks: Mapping[str, int], optimizer: Any = None) -> None:
@@ -105,18 +121,18 @@ class RankMasks:
             TrainingError: a rank is between 0 and R, and the optimizer keeps a state that has no
                 rows and columns of its parameter.
         """
-        for name in self.layers.keys() | ranks.keys():
+        for name in self.ranks.keys() | ranks.keys():
             rank = ranks.get(name)
-            if name not in self.layers or rank is None or not 0 <= rank <= self.full_rank:
+            if name not in self.ranks or rank is None or not 0 <= rank <= self.full_rank:
                 raise ModelError(f"{name!r} at rank {rank}: there is no such layer or rank")
         self.lift(optimizer)
-        for name in self.layers:
+        for name in self.ranks:
             if 0 < ranks[name] < self.full_rank:
                 self._check_state(name, optimizer)
-        for name, layer in self.layers.items():
+        for name in self.ranks:
             if ranks[name] < self.full_rank:
                 self._parked[name] = self._taken(name, ranks[name], optimizer)
-                self._mark(name, layer, ranks[name])
+                self._mark(name, ranks[name])
 
     def lift(self, optimizer: Any = None) -> None:
         """Use every layer at its full rank, with what was parked back in its place."""
@@ -125,10 +141,7 @@ class RankMasks:
                 for part, value in parked.named():
                     if (target := self._target(name, part, optimizer)) is not None:
                         target.copy_(value)
-            layer = self.layers[name]
-            if layer.__dict__.pop(_MARK) == 0:
-                _set_active(layer, [self.adapter])
-            self.ranks[name] = self.full_rank
+            self._unmark(name)
         self._parked.clear()
 
     def drop_gradients(self) -> None:
@@ -176,9 +189,11 @@ class RankMasks:
         Raises:
             ModelError: they do not belong to this model; the message names the entry.
         """
-        if ranks.keys() != self.layers.keys():
-            other = min(ranks.keys() ^ self.layers.keys())
-            raise ModelError(f"{other!r} is a LoRA layer of only one of the model and the masks")
+        if ranks.keys() != self.ranks.keys():
+            other = min(ranks.keys() ^ self.ranks.keys())
+            raise ModelError(
+                f"{other!r} is a LoRA layer or shortcut of only one of the model and the masks"
+            )
         self._parked.clear()
         for name, rank in ranks.items():
             if not 0 <= rank <= self.full_rank:
@@ -195,9 +210,11 @@ class RankMasks:
                     state = found.state_a if side == "a" else found.state_b
                     state[entry] = _checked(tensors, name, part, views[side], same_dtype=False)
             self._parked[name] = found
-            self._mark(name, self.layers[name], rank)
+            self._mark(name, rank)
 
     def _factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        if name in self.shortcuts:
+            return self.shortcuts[name].a, self.shortcuts[name].b
         layer = self.layers[name]
         return layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
 
@@ -233,10 +250,17 @@ class RankMasks:
                         part.zero_()
         return parked
 
-    def _mark(self, name: str, layer: Any, rank: int) -> None:
+    def _mark(self, name: str, rank: int) -> None:
+        layer = self.shortcuts.get(name) or self.layers[name]
         layer.__dict__[_MARK] = self.ranks[name] = rank
-        if rank == 0:
+        if rank == 0 and name in self.layers:
             _set_active(layer, [])
+
+    def _unmark(self, name: str) -> None:
+        layer = self.shortcuts.get(name) or self.layers[name]
+        if layer.__dict__.pop(_MARK, None) == 0 and name in self.layers:
+            _set_active(layer, [self.adapter])
+        self.ranks[name] = self.full_rank
 
     def _check_state(self, name: str, optimizer: Any) -> None:
         for factor in self._factors(name):

@@ -18,6 +18,7 @@ __all__ = [
     "add_train",
     "add_verify",
     "ranks",
+    "shortcuts",
     "targets",
     "write_json",
 ]
@@ -118,6 +119,19 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--proxy", default="grad-norm", help="score: constant, grad-norm, snip or synflow"
     )
+    search.add_argument(
+        "--shortcuts",
+        default="none",
+        metavar="KINDS",
+        help="kinds of shortcuts to search too: all, or some of in-attn, in-ffn, cross-ffn, "
+        "cross-layer with commas between",
+    )
+    search.add_argument(
+        "--shortcut-budget-rank",
+        type=int,
+        metavar="R",
+        help="a budget of their own, as many as rank R on every one; otherwise they share one",
+    )
     search.add_argument("--ranks", default="0,1,2,4,8,16,32", help="ranks to choose from")
     search.add_argument("--batches", type=int, default=8, help="batches to score with")
     search.add_argument("--batch-size", type=int, default=32, help="rows a batch")
@@ -190,6 +204,15 @@ def targets(text: str) -> str | list[str] | None:
     if re.search(r"[\\^$*+?()\[\]|]", text):
         return text
     return [name.strip() for name in text.split(",")]
+
+
+def shortcuts(text: str) -> tuple[str, ...]:
+    """The value of --shortcuts as `SearchSpace` takes it."""
+    if text == "none":
+        return ()
+    from heterolora.shortcuts import KINDS
+
+    return KINDS if text == "all" else tuple(name.strip() for name in text.split(","))
 
 
 def ranks(text: str) -> tuple[int, ...]:

@@ -54,18 +54,30 @@ def check_shortcuts(shortcuts: Shortcuts | None, *, stock: bool) -> None:
             )
 
 
-def write_shortcuts(shortcuts: Shortcuts | None, folder: Path) -> None:
+def write_shortcuts(
+    shortcuts: Shortcuts | None, folder: Path, *, in_use: bool = False
+) -> dict[str, int]:
     """Write both files, or delete those of an earlier save if there is nothing to write.
+
+    Args:
+        in_use: leave out the shortcuts that a search has switched off, and cut the others to the
+            rank in use, with alpha_i/r_i as before.
+
+    Returns:
+        {name of the shortcut: rank written}.
 
     Raises:
         OSError: as the file system does.
     """
     from safetensors.torch import save_file
 
-    if shortcuts is None:
+    ranks = {s.name: s.in_use if in_use else s.rank for s in shortcuts or ()}
+    ranks = {name: rank for name, rank in ranks.items() if rank}
+    if shortcuts is None or not ranks:
         for name in (_CONFIG, _WEIGHTS):
             (folder / name).unlink(missing_ok=True)
-        return
+        return {}
+    written = [shortcut for shortcut in shortcuts if shortcut.name in ranks]
     document = {
         "schema_version": SCHEMA_VERSION,
         "stacks": [[asdict(parts) for parts in stack] for stack in shortcuts.stacks],
@@ -73,19 +85,26 @@ def write_shortcuts(shortcuts: Shortcuts | None, folder: Path) -> None:
             {
                 "projection": shortcut.candidate.projection,
                 "kind": shortcut.candidate.kind,
-                "rank": shortcut.rank,
-                "alpha": shortcut.alpha,
+                "rank": ranks[shortcut.name],
+                "alpha": _alpha(shortcut, ranks[shortcut.name]),
             }
-            for shortcut in shortcuts
+            for shortcut in written
         ],
     }
     tensors = {}
-    for shortcut in shortcuts:
-        tensors[f"{shortcut.name}.a"] = shortcut.a.detach().cpu().contiguous()
-        tensors[f"{shortcut.name}.b"] = shortcut.b.detach().cpu().contiguous()
+    for shortcut in written:
+        rank = ranks[shortcut.name]
+        tensors[f"{shortcut.name}.a"] = shortcut.a.detach()[:rank].cpu().contiguous()
+        tensors[f"{shortcut.name}.b"] = shortcut.b.detach()[:, :rank].cpu().contiguous()
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     (folder / _CONFIG).write_text(text, encoding="utf-8")
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    return ranks
+
+
+def _alpha(shortcut: Shortcut, rank: int) -> float:
+    # Not by way of the scale at the full rank: a resumed run compares it to the bit.
+    return shortcut.alpha if rank == shortcut.rank else shortcut.scale * rank
 
 
 class SavedShortcuts:

@@ -9,7 +9,9 @@ With x the input of a layer, z the input of its FFN sub-layer and z' that of the
 an in-layer shortcut is the model's own residual connection. The first layer has no cross-ffn. The
 method is HeteroLoRA (arXiv 2406.14956); its code runs a layer's norm a second time where a
 cross-layer shortcut ends, so that a fresh model differs from the pretrained one. Here the branch
-ends before the existing norm, and with B = 0 nothing changes.
+ends before the existing norm, and with B = 0 nothing changes. So it does in Gemma 2 and 3, which
+normalise what a sub-layer returns before the residual connection adds it: the norm scales a
+shortcut together with the sub-layer's own output.
 """
 
 import math
@@ -39,7 +41,8 @@ __all__ = [
 
 KINDS = ("in-attn", "in-ffn", "cross-ffn", "cross-layer")
 
-MAX_RANK = 65536
+# Far above any useful rank: it exists to tell a typing error or a corrupt file from a choice.
+MAX_RANK = 65_536
 
 
 class Shortcuts(nn.Module):
@@ -109,10 +112,11 @@ def add_shortcuts(
 ) -> tuple[str, ...]:
     """Put LoRA-adapted shortcuts on the layers of a model, in place; B = 0, so nothing changes yet.
 
-    The parameters are children of the model, trainable, and saved by `save_adapter`, not by
-    `save_pretrained`. A model that is fused stays so: each shortcut is one more branch of the op of
-    its projection. Shortcuts run while the adapters are enabled, whichever is active. They cannot
-    be merged: `merge_and_unload` and `unload` drop them.
+    The parameters are children of the model, trainable, and saved by `save_adapter` and, in
+    Trainer's checkpoints, by `heterolora.ShortcutCallback`, not by `save_pretrained`. A model that
+    is fused stays so: each shortcut is one more branch of the op of its projection. Shortcuts run
+    while the adapters are enabled, whichever is active. They cannot be merged: `merge_and_unload`
+    and `unload` drop them.
 
     Args:
         model: a PeftModel with LoRA, or a transformers model with LoRA layers injected, of the

@@ -18,8 +18,9 @@ class LayerParts:
     """Module names, from the base model's root, of one transformer layer.
 
     Attributes:
-        attention_out: the linear layer that ends the attention sub-layer.
-        ffn_out: the linear layer that ends the FFN sub-layer.
+        attention_out: the linear layer that ends the attention sub-layer, but for a norm (Gemma 2
+            and 3), which then has a shortcut in its input.
+        ffn_out: the linear layer that ends the FFN sub-layer; likewise.
         layer_input: a module that is called with the layer's input [..., d]: the norm before the
             attention in a pre-norm layer, the attention itself in a post-norm one.
         ffn_input: a module that is called with the input of the FFN sub-layer [..., d], which its

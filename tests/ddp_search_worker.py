@@ -39,16 +39,18 @@ class StepsOfTheOptimizer(TrainerCallback):
             self.checked += rank == 0 and after[name] > 0
 
     def _steps(self, optimizer: Any) -> dict[str, int]:
-        factors = {n: m.lora_B["default"].weight for n, m in self.search.masks.layers.items()}
+        masks = self.search.masks
+        factors = {n: m.lora_B["default"].weight for n, m in masks.layers.items()}
+        factors |= {n: s.b for n, s in masks.shortcuts.items()}
         return {n: int(optimizer.state.get(f, {}).get("step", 0)) for n, f in factors.items()}
 
 
-def search_run(out: Path, *, resume: str | None = None) -> tuple[Any, Any, Any]:
+def search_run(out: Path, shortcuts: bool, *, resume: str | None = None) -> tuple[Any, Any, Any]:
     """Steps of four rows and four batches of two rows to score with, in either case."""
     search = DynamicSearchCallback(Budget(rank=2), ranks=(0, 1, 4), batches=4, every=0.4)
     steps = StepsOfTheOptimizer(search)
     trainer = make_trainer(
-        make_model(dropout=0.0),
+        make_model(dropout=0.0, shortcuts=shortcuts),
         out,
         [search, FuseCallback(backend="aten"), steps],
         per_device_train_batch_size=2,
@@ -64,10 +66,10 @@ def search_run(out: Path, *, resume: str | None = None) -> tuple[Any, Any, Any]:
     return search, trainer, weights(trainer.model)
 
 
-def main(folder: str) -> None:
+def main(folder: str, *options: str) -> None:
     torch.set_num_threads(1)
-    out = Path(folder) / str(WORLD)
-    search, trainer, final = search_run(out)
+    out, shortcuts = Path(folder) / str(WORLD), "shortcuts" in options
+    search, trainer, final = search_run(out, shortcuts)
     history = [(r.step, r.scores, r.ranks) for r in search.rankings]
     if RANK == 0:
         (Path(folder) / f"{WORLD}.json").write_text(json.dumps(history))
@@ -78,7 +80,11 @@ def main(folder: str) -> None:
     dist.all_gather_object(everywhere, (history, {n: w.tolist() for n, w in final.items()}))
     assert everywhere[0] == everywhere[1]
 
-    again, _, resumed = search_run(out, resume=str(out / "checkpoint-9"))
+    # Process 0 has written what both of them read.
+    written = [path.parent.name for path in sorted(out.glob("*/heterolora_shortcuts.json"))]
+    assert written == ["checkpoint-18", "checkpoint-20", "checkpoint-9"] * shortcuts
+    assert sum("low_rank_shortcuts" in name for name in final) == 22 * shortcuts
+    again, _, resumed = search_run(out, shortcuts, resume=str(out / "checkpoint-9"))
     assert again.rankings == [r for r in search.rankings if r.step >= 9] and again.rankings
     assert all(torch.equal(final[name], resumed[name]) for name in final)
 
@@ -104,4 +110,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -34,7 +34,10 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[index], "labels": self.labels[index]}
 
 
-def make_model(*, dropout: float = 0.1, rank: int = R) -> Any:
+def make_model(
+    *, dropout: float = 0.1, rank: int = R, shortcuts: bool = False, alpha: float = 3.0
+) -> Any:
+    """Six LoRA modules, and with `shortcuts` eleven of rank R and an alpha of their own."""
     torch.manual_seed(7)
     config = transformers.BertConfig(
         vocab_size=61,
@@ -48,7 +51,10 @@ def make_model(*, dropout: float = 0.1, rank: int = R) -> Any:
         initializer_range=0.05,
     )
     model = transformers.BertForSequenceClassification(config)
-    return adapt(model, uniform(model, rank, SearchSpace(target_modules=MODULES)))
+    adapted = adapt(model, uniform(model, rank, SearchSpace(target_modules=MODULES)))
+    if shortcuts:
+        heterolora.add_shortcuts(adapted, rank=R, alpha=alpha)
+    return adapted
 
 
 def make_trainer(model: Any, out: Path, callbacks: list[Any], **options: Any) -> Trainer:
@@ -92,8 +98,10 @@ class Stop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def run(out: Path, search, *, dropout=0.1, fused=True, more=(), resume=None, **options):
-    model = make_model(dropout=dropout)
+def run(
+    out: Path, search, *, dropout=0.1, fused=True, more=(), resume=None, shortcuts=False, **options
+):
+    model = make_model(dropout=dropout, shortcuts=shortcuts)
     if not fused:
         heterolora.unfuse(model)
     callbacks = [search] if search is not None else []

@@ -5,7 +5,7 @@ import math
 
 import torch
 import transformers
-from helpers import TEXT, build, linear_names
+from helpers import DECODER, TEXT, build, linear_names
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import gelu, layer_norm, silu
 
@@ -23,8 +23,13 @@ OPT_350M = {
 }
 FAMILIES = (
     *("bert", "roberta", "distilbert", "opt", "opt-350m"),
-    *("gpt2", "llama", "qwen3", "gemma", "mistral"),
+    *("gpt2", "llama", "qwen3", "gemma", "gemma2", "gemma3", "mistral"),
 )
+# These normalise what a sub-layer returns, before the residual connection adds it.
+_NORMED = {
+    "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config),
+    "gemma3": (transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig),
+}
 # One pre-norm and one post-norm model of each way to be built.
 FEW = ("bert", "opt-350m", "opt", "gpt2", "llama")
 # Of each kind another, so that a mix-up shows as a wrong shape or value.
@@ -37,10 +42,15 @@ def plain(name: str, layers: int = 2) -> torch.nn.Module:
         torch.manual_seed(0)
         config = transformers.OPTConfig(**OPT_350M)
         base = transformers.OPTForCausalLM(config)
+    elif name in _NORMED:
+        torch.manual_seed(0)
+        kind, settings = _NORMED[name]
+        sizes = {**DECODER, "num_hidden_layers": layers}
+        base = kind(settings(**sizes, attn_implementation="eager"))
     else:
         base = build(name)
     base.config.use_cache = False
-    if layers == 2:
+    if layers == base.config.num_hidden_layers:
         return base.train()
     config = copy.deepcopy(base.config)
     config.num_hidden_layers = layers
@@ -53,7 +63,7 @@ def with_shortcuts(
     kinds: tuple[str, ...] = KINDS,
     targets: list[str] | None = None,
     weighty: bool = True,
-    ranks: dict[str, int] | None = None,
+    ranks: dict[str, int] | int | None = None,
 ) -> torch.nn.Module:
     """LoRA on every linear layer, or on the targets, and shortcuts of mixed ranks.
 

@@ -132,6 +132,7 @@ def test_public_names() -> None:
         "FuseReport",
         "GraphedTrainer",
         "SearchSpace",
+        "ShortcutCallback",
         "adapt",
         "add_shortcuts",
         "allocate",

@@ -267,7 +267,10 @@ def test_state_in_a_file_and_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, r: r.pop(next(iter(r))), "LoRA layer of only one of the model and the masks"),
+        (
+            lambda t, r: r.pop(next(iter(r))),
+            "LoRA layer or shortcut of only one of the model and the masks",
+        ),
         (lambda t, r: t.pop(next(iter(t))), r"\|a' is missing"),
         (lambda t, r: t.update({next(iter(t)): torch.zeros(1)}), r"\|a' is \(1,\) torch.float32"),
         (lambda t, r: r.update({next(iter(r)): 99}), "has rank 99, and the model 8"),

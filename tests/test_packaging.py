@@ -117,6 +117,15 @@ def test_wheel_carries_the_reviews_and_their_licence(wheel: Path) -> None:
     assert "heterolora = heterolora.cli:main" in entry
 
 
+def test_wheel_carries_the_configurations_of_the_evidence(wheel: Path) -> None:
+    configs = ROOT / "bench" / "evidence" / "configs"
+    expected = {path.name for path in configs.iterdir()}
+    assert "main.json" in expected
+    assert {
+        path.name for path in (wheel / "heterolora/bench/evidence/configs").iterdir()
+    } == expected
+
+
 def test_wheel_imports(wheel: Path) -> None:
     files = json.loads(python(WHERE, wheel))
     assert all(Path(file).is_relative_to(wheel) for file in files.values()), files
@@ -134,10 +143,10 @@ def test_root_on_the_path_imports() -> None:
 
 def test_every_sub_package_is_listed() -> None:
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "heterolora").rglob("__init__.py")}
-    packages = {".".join(folder.parts) for folder in folders} | {
-        "heterolora.kernels",
-        "heterolora.bench",
-    }
+    # A link is not followed.
+    inner = {path.parent.relative_to(ROOT) for path in (ROOT / "bench").rglob("__init__.py")}
+    folders |= {Path("heterolora") / folder for folder in inner}
+    packages = {".".join(folder.parts) for folder in folders} | {"heterolora.kernels"}
     assert sorted(packages) == PROJECT["tool"]["setuptools"]["packages"]
 
 

@@ -61,6 +61,46 @@ def test_logits_and_gradients_follow_the_formula(name, kinds):
         assert error(ours, theirs) < 10 * limit
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_sources_and_places_where_sub_layers_end_in_a_norm(name):
+    """x and z are the residual stream, and a shortcut adds to what the norm is given."""
+    base = plain(name, layers=3).double()
+    model = with_shortcuts(base, targets=["q_proj", "v_proj"]).double()
+    own = {shortcut.name: shortcut for shortcut in model.low_rank_shortcuts}
+    called = {}
+    for module_name, module in base.named_modules():
+
+        def note(module, args, kwargs, output, key=module_name):
+            x = args[0] if args else kwargs.get("hidden_states")
+            called[key] = x, output[0] if isinstance(output, tuple) else output
+
+        # Once hooked, in the order of the hooks: behind the shortcuts' own.
+        module.register_forward_hook(note, with_kwargs=True)
+
+    def added(projection, kind, u):
+        shortcut = own[f"{projection}:{kind}"]
+        return 16 / RANKS[kind] * u @ shortcut.a.T @ shortcut.b.T
+
+    model(**batch_for(base))
+    before = None
+    for index, layer in enumerate(base.model.layers):
+        prefix = f"model.layers.{index}"
+        x, output = called[prefix]
+        out = f"{prefix}.self_attn.o_proj"
+        attention = layer.self_attn.o_proj.weight @ called[out][0].mT
+        attention = attention.mT + added(out, "in-attn", x)
+        if before is not None:
+            attention = attention + added(out, "cross-ffn", before)
+        assert error(called[f"{prefix}.post_attention_layernorm"][0], attention) < 1e-13
+        z = x + called[f"{prefix}.post_attention_layernorm"][1]
+        out = f"{prefix}.mlp.down_proj"
+        ffn = (layer.mlp.down_proj.weight @ called[out][0].mT).mT
+        ffn = ffn + added(out, "in-ffn", z) + added(out, "cross-layer", x)
+        assert error(called[f"{prefix}.post_feedforward_layernorm"][0], ffn) < 1e-13
+        assert torch.equal(output, z + called[f"{prefix}.post_feedforward_layernorm"][1])
+        before = z
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_changes_the_logits(kind):
     base = plain("bert")

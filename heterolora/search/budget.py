@@ -178,8 +178,8 @@ def solve(
 
     Args:
         candidates: what may get a rank.
-        gains: gains[i][j] >= 0 is what rank ranks[j] on candidate i is worth; not all zero. One for
-            a rank above `max_rank` is not used.
+        gains: gains[i][j] >= 0 is what rank ranks[j] on candidate i is worth, not all zero; -inf if
+            it must not have that rank. One for a rank above `max_rank` is not used.
         ranks: the ranks to choose from, increasing.
         budget: LoRA parameters.
         seed: breaks ties only.
@@ -208,7 +208,12 @@ def solve(
             choices[i, cost:][better] = j
         best = following
 
-    left = int(np.flatnonzero(np.isfinite(best))[-1])
+    spendable = np.flatnonzero(np.isfinite(best))
+    if len(spendable) == 0:
+        raise BudgetError(
+            f"a budget of {budget} parameters does not pay for what has to be adapted"
+        )
+    left = int(spendable[-1])
     chosen = [0] * len(candidates)
     for i in reversed(range(len(candidates))):
         chosen[i] = options[i][choices[i, left]]

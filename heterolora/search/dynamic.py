@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from heterolora.errors import BudgetError, ModelError, SearchSpaceError, TrainingError
 from heterolora.masks import RankMasks, parked_count
-from heterolora.search.budget import Budget
+from heterolora.search.budget import Budget, Priced
 from heterolora.search.masks_file import SavedSearch, read_search, write_search
 from heterolora.search.pools import Pool, choose_ranks, make_pools
 from heterolora.search.preserve import buffers_kept, seeded
@@ -22,6 +22,7 @@ from heterolora.search.proxies import PROXIES, Batch
 from heterolora.search.samples import Samples, agreed_scores, derived_seed
 from heterolora.search.space import SearchSpace
 from heterolora.search.surroundings import dynamic_reason, length, unwrapped
+from heterolora.shortcut_checkpoints import ShortcutCallback, resumed_folder, saved_folder
 from heterolora.sites import Site
 
 __all__ = ["DynamicSearchCallback", "ParameterCounts", "Ranking"]
@@ -33,7 +34,7 @@ _WARMUPS = ("all", "uniform", "constant")
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """LoRA parameters (values in A and B), counted three ways.
+    """LoRA parameters (values in A and B, of shortcuts too), counted three ways.
 
     Attributes:
         enabled: in use now.
@@ -54,8 +55,8 @@ class Ranking:
     Attributes:
         step: optimizer steps done before it.
         proxy: what scored.
-        scores: {module name: score}, as the proxy gave them.
-        ranks: {module name: rank in use from then on}.
+        scores: {name of a module or shortcut: score}, as the proxy gave them.
+        ranks: {name of a module or shortcut: rank in use from then on}.
     """
 
     step: int
@@ -69,7 +70,10 @@ class DynamicSearchCallback(TrainerCallback):
     use that the budget pays for (HeteroLoRA, arXiv 2406.14956, its dynamic form).
 
     The model is a `PeftModel` with one adapter of the same rank R on every candidate, as
-    ``adapt(model, uniform(model, R))`` makes it. By default a module has rank R or is switched off,
+    ``adapt(model, uniform(model, R))`` makes it. Shortcuts that it has, of rank R too (as
+    ``add_shortcuts(model, rank=R)`` makes them), are candidates as well, and "module" stands for
+    them below. Scores count per unit of scale, so that an alpha of their own neither favours nor
+    hinders them. By default a module has rank R or is switched off,
     as in the paper, so ``Budget(rank=r)`` keeps about r/R of them on. With `ranks` a module may
     have a rank between too, and then uses the first rows of A and columns of B. Every module keeps
     the scale alpha/R. What is not in use keeps its weights and its optimizer state, does not move,
@@ -81,13 +85,16 @@ class DynamicSearchCallback(TrainerCallback):
     anything has trained they score a small random B, as `heterolora.allocate` does; later a module
     that was never on scores zero, which ``warmup="all"`` avoids.
 
-    Each checkpoint gets a file of the ranks and of everything not in use, and a run resumed from it
-    repeats an uninterrupted one. The adapter in the checkpoint, like any other that is saved, is
+    Each checkpoint gets a file of the ranks and of everything not in use, and the shortcuts (as by
+    `heterolora.ShortcutCallback`, which need not be there too); a run resumed from it repeats an
+    uninterrupted one. The adapter in the checkpoint, like any other that is saved, is
     what the model computes then. Under DDP every process scores its share of the batches, and
     gradients are summed over them before a score is taken, so that all decide alike.
 
     Args:
-        budget: LoRA parameters in use at a time.
+        budget: LoRA parameters in use at a time, those of shortcuts included.
+        shortcut_budget: a budget of the shortcuts alone, `budget` being that of the LoRA modules
+            (HeteroLoRA's `separated`); None for one ranking of both (its `combined`).
         proxy: "constant" (a random choice, drawn anew each time), "grad-norm", "snip", "synflow".
         ranks: what a module may have, at most R, in increasing order; None for (0, R).
         every: fraction of an epoch between two rankings, counted from the epoch's start and rounded
@@ -105,7 +112,7 @@ class DynamicSearchCallback(TrainerCallback):
             `TrainingArguments.output_dir`.
 
     Attributes:
-        ranks: {module name: rank in use now}; empty before training.
+        ranks: {name of a module or shortcut: rank in use now}; empty before training.
         rankings: the decisions of this run, in order (those before a resume are not among them).
         masks: the `heterolora.masks.RankMasks` of the model; its `lift` puts everything to use.
         counts: `ParameterCounts` as of now.
@@ -118,6 +125,7 @@ class DynamicSearchCallback(TrainerCallback):
             torch.compile, fp16, DDP that expects every gradient, an optimizer whose state cannot be
             split), or a checkpoint without or with another search. `GraphedTrainer` runs its steps
             without CUDA graphs.
+        AdapterFileError: as `heterolora.ShortcutCallback`.
         ScoreError: a loss or score is not finite; the model is put back as it was.
     """
 
@@ -128,6 +136,7 @@ class DynamicSearchCallback(TrainerCallback):
         self,
         budget: Budget,
         *,
+        shortcut_budget: Budget | None = None,
         proxy: str = "grad-norm",
         ranks: Sequence[int] | None = None,
         every: float = 0.2,
@@ -140,11 +149,10 @@ class DynamicSearchCallback(TrainerCallback):
     ) -> None:
         if not isinstance(budget, Budget):
             raise BudgetError(f"budget must be a Budget(rank=... or params=...), not {budget!r}")
-        if budget.step_time is not None:
-            raise BudgetError(
-                "no dynamic search under step_time: every ranking needs all modules; use a budget "
-                "of rank or params, or heterolora.allocate"
-            )
+        if not isinstance(shortcut_budget, Budget | None):
+            raise BudgetError(f"shortcut_budget must be a Budget or None, not {shortcut_budget!r}")
+        if budget.step_time or (shortcut_budget is not None and shortcut_budget.step_time):
+            raise BudgetError("no dynamic search under step_time; use a budget of rank or params")
         if proxy not in PROXIES:
             raise SearchSpaceError(f"unknown proxy {proxy!r}; choose one of {', '.join(PROXIES)}")
         if not _is_number(every) or not 0 < every <= 1:
@@ -158,6 +166,7 @@ class DynamicSearchCallback(TrainerCallback):
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise SearchSpaceError(f"seed={seed!r}: expected an integer in 0..2**32-1")
         self.budget = budget
+        self.shortcut_budget = shortcut_budget
         self.proxy = proxy
         self.allowed = None if ranks is None else SearchSpace(ranks=tuple(ranks)).ranks
         self.every = float(every)
@@ -165,11 +174,12 @@ class DynamicSearchCallback(TrainerCallback):
         self.warmup = warmup
         self.seed = seed
         self.resume_from = resume_from
+        self._checkpoints = ShortcutCallback(resume_from=resume_from)
         self.rankings: list[Ranking] = []
         self.masks: RankMasks | None = None
         self._samples = Samples(batches, fresh=fresh)
         self._model: Any = None
-        self._sites: list[Site] = []
+        self._candidates: list[Priced] = []
         self._choices: tuple[int, ...] = ()
         self._pools: list[Pool] = []
         self._steps = 0
@@ -201,8 +211,9 @@ class DynamicSearchCallback(TrainerCallback):
                 "`masks.lift()` of its callback first"
             )
         self._model, self.masks = model, RankMasks(model)
+        self._checkpoints.on_train_begin(args, state, control, **kwargs)
         self.rankings, self._to_check = [], True
-        self._ever = dict.fromkeys(self.masks.layers, 0)
+        self._ever = dict.fromkeys(self.masks.ranks, 0)
         self._plan(self.masks)
         # As Trainer counts: a stream without length is one epoch.
         batches = length(kwargs.get("train_dataloader"))
@@ -224,7 +235,7 @@ class DynamicSearchCallback(TrainerCallback):
         elif self.warmup == "constant":
             self._rank(args, self.masks, optimizer, kwargs, "constant", step)
         elif self.warmup == "uniform" and step == 0:
-            self.masks.apply(dict.fromkeys(self.masks.layers, self._uniform_rank()), optimizer)
+            self.masks.apply(self._uniform(self.masks), optimizer)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -254,7 +265,8 @@ class DynamicSearchCallback(TrainerCallback):
                 settings=self._settings(),
                 tensors=self.masks.tensors(),
             )
-            write_search(saved, _checkpoint(args, state))
+            write_search(saved, saved_folder(args, state))
+        self._checkpoints.on_save(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -263,32 +275,40 @@ class DynamicSearchCallback(TrainerCallback):
             # Trainer has loaded the weights, which are nothing without the ranks they had.
             saved = read_search(Path(state.best_model_checkpoint))
             self.masks = RankMasks(self._model)
+            self._checkpoints.on_train_end(args, state, control, **kwargs)
             self._load(self.masks, saved, Path(state.best_model_checkpoint))
 
     def _plan(self, masks: RankMasks) -> None:
         """What there is to choose from, and how much of it."""
-        self._sites = [Site(name, *masks.shape(name)) for name in masks.layers]
+        sites = [Site(name, *masks.shape(name)) for name in masks.layers]
+        shortcuts = [shortcut.candidate for shortcut in masks.shortcuts.values()]
+        self._candidates = [*sites, *shortcuts]
         self._choices = self.allowed or (0, masks.full_rank)
         if self._choices[-1] > masks.full_rank:
             raise SearchSpaceError(
                 f"ranks go up to {self._choices[-1]}, and the model's adapter has rank "
                 f"{masks.full_rank}: adapt it with the largest rank a module may get"
             )
-        self._pools = make_pools(self._sites, [], self._choices, self.budget)
-        if self.warmup == "uniform" and self.warmup_epochs and not self._uniform_rank():
+        self._pools = make_pools(sites, shortcuts, self._choices, self.budget, self.shortcut_budget)
+        if (
+            self.warmup == "uniform"
+            and self.warmup_epochs
+            and not all(self._uniform(masks).values())
+        ):
+            budgets = " and ".join(str(pool.parameters) for pool in self._pools)
             raise BudgetError(
-                f"a budget of {self._parameters} parameters does not pay for rank 1 on every "
-                'module; take warmup="constant" or a larger budget'
+                f"a budget of {budgets} parameters does not pay for rank 1 on every module; take "
+                'warmup="constant" or a larger budget'
             )
 
-    @property
-    def _parameters(self) -> int:
-        return sum(pool.parameters for pool in self._pools)
-
-    def _uniform_rank(self) -> int:
-        assert self.masks is not None
-        of_one = sum(site.unit_cost for site in self._sites)
-        return min(self._parameters // of_one, self.masks.full_rank)
+    def _uniform(self, masks: RankMasks) -> dict[str, int]:
+        """In every pool the one rank that its budget pays for."""
+        ranks = {}
+        for pool in self._pools:
+            of_one = sum(candidate.unit_cost for candidate in pool.candidates)
+            rank = min(pool.parameters // of_one, masks.full_rank)
+            ranks.update({candidate.name: rank for candidate in pool.candidates})
+        return ranks
 
     def _rank(
         self,
@@ -311,7 +331,8 @@ class DynamicSearchCallback(TrainerCallback):
                     batches = self._samples.take(loader, size, own)
                 with buffers_kept(self._model), nonzero_b(self._model, proxy, self.seed):
                     scores = agreed_scores(PROXIES[proxy], self._model, batches)
-            scales = {name: masks.scale(name) for name in scores}
+            # Equal scores are to stay so: a random choice knows no scale.
+            scales = {n: 1.0 if proxy == "constant" else masks.scale(n) for n in scores}
             chosen = choose_ranks(self._pools, scores, scales, self._choices, seed=own)
         except BaseException:
             masks.apply(before, optimizer)
@@ -329,11 +350,7 @@ class DynamicSearchCallback(TrainerCallback):
         )
 
     def _resume(self, args: TrainingArguments, state: TrainerState, masks: RankMasks) -> None:
-        folder = _checkpoint(args, state)
-        if self.resume_from is not None:
-            folder = Path(self.resume_from)
-        elif isinstance(args.resume_from_checkpoint, str):
-            folder = Path(args.resume_from_checkpoint)
+        folder = resumed_folder(args, state, self.resume_from)
         saved = read_search(folder)
         if saved.step != state.global_step:
             raise TrainingError(
@@ -361,8 +378,10 @@ class DynamicSearchCallback(TrainerCallback):
             )
 
     def _settings(self) -> dict[str, Any]:
+        of_shortcuts = self._pools[1:]
         return {
-            "parameters": self._parameters,
+            "parameters": self._pools[0].parameters,
+            "shortcut_parameters": of_shortcuts[0].parameters if of_shortcuts else None,
             "proxy": self.proxy,
             "ranks": list(self._choices),
             "every": self.every,
@@ -374,11 +393,7 @@ class DynamicSearchCallback(TrainerCallback):
         }
 
     def _count(self, ranks: dict[str, int]) -> int:
-        return sum(site.unit_cost * ranks.get(site.name, 0) for site in self._sites)
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        return sum(each.unit_cost * ranks.get(each.name, 0) for each in self._candidates)
 
 
 def _is_number(value: Any) -> bool:

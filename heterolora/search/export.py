@@ -1,4 +1,4 @@
-"""Write of an adapter only what is in use, for stock PEFT."""
+"""Write of an adapter and its shortcuts only what is in use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from heterolora.errors import AdapterFileError, ModelError
 from heterolora.masks import rank_in_use
+from heterolora.shortcut_files import check_shortcuts, write_shortcuts
+from heterolora.shortcuts import Shortcuts
 
 __all__ = ["save_enabled"]
 
@@ -22,19 +24,22 @@ def save_enabled(model: Any, folder: str | Path) -> dict[str, int]:
     """Write the adapter at the ranks in use (after a dynamic search), in PEFT's layout.
 
     Modules that are switched off are left out, and the others are cut to their rank, alpha_i/r_i
-    being as before. The files need nothing but PEFT to load, and give the same logits. Without a
-    search this writes what `PeftModel.save_pretrained` does.
+    being as before. Shortcuts likewise, into the two further files that `heterolora.save_adapter`
+    describes. If no shortcut is in use, the files need nothing but PEFT to load; otherwise
+    `heterolora.load_adapter` loads them, while PEFT would pass the shortcuts over. Either way the
+    logits are the same. Without a search this writes what `heterolora.save_adapter` does.
 
     Args:
         model: a `PeftModel` with one LoRA adapter; it is not changed.
         folder: created if need be.
 
     Returns:
-        {module name in the base model: rank written}, without the modules left out.
+        {name of a module in the base model, or of a shortcut: rank written}, without those left
+        out.
 
     Raises:
-        ModelError: not such a model, or nothing is in use.
-        AdapterFileError: the folder cannot be written.
+        ModelError: not such a model, or no LoRA layer is in use.
+        AdapterFileError: the folder cannot be written, or a shortcut's weight is not finite.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -54,7 +59,12 @@ def save_enabled(model: Any, folder: str | Path) -> dict[str, int]:
         ranks[name] = layer.lora_A[adapter].weight.shape[0] if rank is None else rank
     written = {name: rank for name, rank in ranks.items() if rank}
     if not written:
-        raise ModelError("no LoRA layer of the model is in use, so there is nothing to save")
+        raise ModelError(
+            "no LoRA layer of the model is in use, and PEFT's files need one; if shortcuts are in "
+            "use, save everything with heterolora.save_adapter"
+        )
+    shortcuts = Shortcuts.of(model)
+    check_shortcuts(shortcuts, stock=False)
 
     config = copy.deepcopy(model.peft_config[adapter])
     config.r = max(written.values())
@@ -90,6 +100,7 @@ def save_enabled(model: Any, folder: str | Path) -> dict[str, int]:
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(tensors, Path(folder) / _WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
+        written |= write_shortcuts(shortcuts, Path(folder), in_use=True)
     except OSError as error:
         raise AdapterFileError(
             f"{folder}: the adapter cannot be written here ({error}). Name another folder."

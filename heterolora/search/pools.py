@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from heterolora.errors import BudgetError
@@ -45,7 +46,8 @@ def make_pools(
         BudgetError: a budget is not a Budget, buys nothing, or is of a rank above the largest.
         SearchSpaceError: as `heterolora.search.budget.solve`.
     """
-    if shortcuts and any(b is not None and b.step_time for b in (budget, shortcut_budget)):
+    budgets = [b for b in (budget, shortcut_budget) if isinstance(b, Budget)]
+    if shortcuts and any(b.step_time is not None for b in budgets):
         raise BudgetError("step_time cannot price shortcuts; leave them out of the search space")
     if shortcut_budget is None:
         return [_pool("budget", [*sites, *shortcuts], ranks, budget)]
@@ -63,6 +65,7 @@ def choose_ranks(
     scales: Mapping[str, float],
     ranks: Sequence[int],
     *,
+    required: Collection[str] = (),
     seed: int = 0,
 ) -> dict[str, int]:
     """{name: rank}: in every pool the ranks that spend its budget best by `scores`.
@@ -75,16 +78,21 @@ def choose_ranks(
         scores: of every candidate.
         scales: alpha/r of every candidate, at the rank it was scored with.
         ranks: to choose from.
+        required: candidates that must get a rank above 0.
         seed: breaks ties only.
 
     Raises:
         ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`, for each pool.
+        BudgetError: the budget does not pay for what is required.
     """
     chosen: dict[str, int] = {}
     for pool in pools:
         names = [candidate.name for candidate in pool.candidates]
         weights = normalise({name: scores[name] / scales[name] for name in names})
         gains = log_gains(list(weights.values()), ranks)
+        for name, row in zip(names, gains, strict=True):
+            if name in required and ranks[0] == 0:
+                row[0] = -math.inf
         found = solve(pool.candidates, gains, ranks, pool.parameters, seed=seed)
         chosen.update(zip(names, found, strict=True))
     return chosen

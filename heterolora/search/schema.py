@@ -1,21 +1,25 @@
-"""The JSON form of an allocation: schema version 1."""
+"""The JSON form of an allocation: schema version 2. Version 1 knew no shortcuts."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from heterolora.attachments import Candidate
 from heterolora.errors import AllocationFileError
 from heterolora.search.allocation import Allocation
 from heterolora.search.space import MAX_RANK
+from heterolora.shortcuts import KINDS
 from heterolora.sites import Site
+from heterolora.structure import LayerParts
 
 __all__ = ["SCHEMA_VERSION", "read", "write"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _PLAIN_KEYS = (
     "budget_parameters",
@@ -33,8 +37,11 @@ _PLAIN_KEYS = (
     "step_seconds",
     "task_type",
 )
-_KEYS = {*_PLAIN_KEYS, "schema_version", "sites"}
+_SHORTCUT_KEYS = {"mapping", "shortcut_candidates", "shortcut_scaling"}
+_KEYS = {*_PLAIN_KEYS, *_SHORTCUT_KEYS, "schema_version", "sites"}
 _SITE_KEYS = {"conv1d", "in_features", "out_features"}
+_CANDIDATE_KEYS = {"kind", "layer", "projection", "width"}
+_PART_KEYS = {field.name for field in fields(LayerParts)}
 
 
 def write(allocation: Allocation, path: Path) -> None:
@@ -53,6 +60,12 @@ def write(allocation: Allocation, path: Path) -> None:
         }
         for name, site in allocation.sites.items()
     }
+    document["shortcut_candidates"] = {
+        name: asdict(candidate) for name, candidate in allocation.shortcut_candidates.items()
+    }
+    document["shortcut_scaling"] = allocation.shortcut_scaling
+    mapping = allocation.mapping
+    document["mapping"] = None if mapping is None else [dict(layer) for layer in mapping]
     try:
         text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,20 +114,29 @@ class _Reader:
             )
         for key in sorted(self.document.keys() - _KEYS):
             self.fail(repr(key), "is not a key of an allocation")
+        if version == 1:
+            self.document |= {"mapping": None, "shortcut_candidates": {}, "shortcut_scaling": 2.0}
         sites = {name: self.site(name, entry) for name, entry in self.mapping("sites").items()}
         # JSON sorts the keys; model order cannot be recovered and nothing depends on it.
-        ranks = self.per_site("ranks", sites, lambda k, v: self.integer(k, v, 0, MAX_RANK))
+        ranks = self.per_name("ranks", sites, lambda k, v: self.integer(k, v, 0, MAX_RANK))
         if not any(ranks.values()):
             self.fail("ranks", "are all 0, so there is no adapter")
         step = self.value("step_seconds")
         probe = self.value("probe_rank")
-        shortcuts = self.value("shortcuts")
-        if shortcuts != {}:
-            self.fail("shortcuts", "must be {}: shortcuts are not supported by this version")
+        given = self.mapping("shortcut_candidates", empty=True)
+        candidates = {name: self.candidate(name, entry) for name, entry in given.items()}
         allocation = Allocation(
-            scores=self.per_site("scores", sites, lambda k, v: self.number(k, v)),
+            scores=self.per_name("scores", {**sites, **candidates}, lambda k, v: self.number(k, v)),
             ranks=ranks,
             sites=sites,
+            shortcuts=self.per_name(
+                "shortcuts", candidates, lambda k, v: self.integer(k, v, 0, MAX_RANK)
+            ),
+            shortcut_candidates=candidates,
+            shortcut_scaling=self.number(
+                "shortcut_scaling", self.value("shortcut_scaling"), positive=True
+            ),
+            mapping=self.layers(),
             budget_parameters=self.integer(
                 "budget_parameters", self.value("budget_parameters"), low=1
             ),
@@ -145,21 +167,52 @@ class _Reader:
             self.fail(repr(key), "is missing")
         return self.document[key]
 
-    def mapping(self, key: str) -> dict[str, Any]:
+    def mapping(self, key: str, *, empty: bool = False) -> dict[str, Any]:
         value = self.value(key)
         if not isinstance(value, dict):
             self.fail(repr(key), f"must be an object, not {type(value).__name__}")
-        if not value:
+        if not value and not empty:
             self.fail(repr(key), "is empty")
         return value
 
-    def per_site(
-        self, key: str, sites: dict[str, Site], check: Callable[[str, Any], Any]
+    def per_name(
+        self, key: str, names: Iterable[str], check: Callable[[str, Any], Any]
     ) -> dict[str, Any]:
-        values = self.mapping(key)
-        for name in sorted(sites.keys() ^ values.keys()):
-            self.fail(f"{key}[{name!r}]", "is in only one of 'sites' and this key")
-        return {name: check(f"{key}[{name!r}]", values[name]) for name in sites}
+        names = list(names)
+        values = self.mapping(key, empty=not names)
+        for name in sorted(set(names) ^ values.keys()):
+            self.fail(f"{key}[{name!r}]", "is in only one of the candidates and this key")
+        return {name: check(f"{key}[{name!r}]", values[name]) for name in names}
+
+    def candidate(self, name: str, entry: Any) -> Candidate:
+        key = f"shortcut_candidates[{name!r}]"
+        if not isinstance(entry, dict) or entry.keys() != _CANDIDATE_KEYS:
+            self.fail(key, f"must be an object with the keys {', '.join(sorted(_CANDIDATE_KEYS))}")
+        if entry["kind"] not in KINDS:
+            self.fail(f"{key}.kind", f"is {entry['kind']!r}, none of {', '.join(KINDS)}")
+        candidate = Candidate(
+            self.text(f"{key}.projection", entry["projection"]),
+            entry["kind"],
+            self.integer(f"{key}.layer", entry["layer"]),
+            self.integer(f"{key}.width", entry["width"], low=1),
+        )
+        if candidate.name != name:
+            self.fail(key, f"describes {candidate.name!r}")
+        return candidate
+
+    def layers(self) -> list[dict[str, str]] | None:
+        value = self.value("mapping")
+        if value is None:
+            return None
+        if not isinstance(value, list) or not value:
+            self.fail("mapping", "must be null or a list of layers")
+        for index, layer in enumerate(value):
+            key = f"mapping[{index}]"
+            if not isinstance(layer, dict) or layer.keys() != _PART_KEYS:
+                self.fail(key, f"must be an object with the keys {', '.join(sorted(_PART_KEYS))}")
+            for part, name in layer.items():
+                self.text(f"{key}.{part}", name)
+        return value
 
     def site(self, name: str, entry: Any) -> Site:
         key = f"sites[{name!r}]"

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from heterolora.errors import SearchSpaceError
+from heterolora.shortcuts import KINDS, MAX_RANK
 
 __all__ = ["MAX_RANK", "SearchSpace"]
-
-# Far above any useful rank: it exists to tell a typing error or a corrupt file from a choice.
-MAX_RANK = 65_536
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Candidate modules and the ranks each of them may take.
+    """Candidate modules and shortcuts, and the ranks each of them may take.
 
     Attributes:
         target_modules: as in `peft.LoraConfig`: None or "all-linear", a sequence of names or
             suffixes, or a regular expression for full names.
         ranks: ranks to choose from, in increasing order; 0 means "no adapter on this module".
-        shortcuts: kinds of LoRA-adapted shortcuts; not supported yet, so it must be empty.
+        shortcuts: kinds of LoRA-adapted shortcuts that are candidates in every layer, some of
+            `heterolora.shortcuts.KINDS`; none by default.
+        mapping: as of `heterolora.add_shortcuts`, for models whose layers it cannot read.
 
     Raises:
         SearchSpaceError: a field is malformed or contradictory.
@@ -30,15 +30,12 @@ class SearchSpace:
     target_modules: str | Sequence[str] | None = None
     ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
     shortcuts: tuple[str, ...] = ()
+    mapping: Sequence[Mapping[str, str]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
-        object.__setattr__(self, "shortcuts", tuple(self.shortcuts))
-        if self.shortcuts:
-            raise SearchSpaceError(
-                f"shortcuts={self.shortcuts!r}: not supported yet; leave shortcuts empty"
-            )
+        object.__setattr__(self, "shortcuts", _checked_shortcuts(self.shortcuts))
 
 
 def _checked_targets(targets: object) -> str | tuple[str, ...] | None:
@@ -60,6 +57,15 @@ def _checked_targets(targets: object) -> str | tuple[str, ...] | None:
         if not isinstance(entry, str) or not entry:
             raise SearchSpaceError(f"target_modules holds {entry!r}, which is not a module name")
     return tuple(entries)
+
+
+def _checked_shortcuts(kinds: object) -> tuple[str, ...]:
+    if isinstance(kinds, str) or not isinstance(kinds, Sequence):
+        raise SearchSpaceError(f"shortcuts must be a list of some of {', '.join(KINDS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise SearchSpaceError(f"unknown shortcut {kind!r}; choose of {', '.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in kinds)
 
 
 def _checked_ranks(ranks: object) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from model_state import fingerprint, random_states, tensor_bytes
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
@@ -17,46 +18,14 @@ from heterolora.errors import (
 )
 from heterolora.search import PROXIES, Budget, SearchSpace, allocate, uniform
 from heterolora.search.preserve import preserved
+from heterolora.shortcuts import KINDS
 
 MODELS = ["bert", "opt", "gpt2", "mobilevit"]
 
 
-def tensor_bytes(tensor):
-    return None if tensor is None else tensor.detach().cpu().numpy().tobytes()
-
-
-def attribute_state(owner):
-    """Identities of all attributes, and what the containers among them hold, by identity too."""
-    state = {}
-    for key, value in owner.__dict__.items():
-        content = None
-        if isinstance(value, dict):
-            content = [(k, id(v)) for k, v in value.items()]
-        elif isinstance(value, (list, set)):
-            content = list(map(id, value))
-        state[key] = (id(value), content)
-    return state
-
-
-def fingerprint(model):
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        "tree": [(name, id(m), type(m), m.training) for name, m in model.named_modules()],
-        "attributes": [attribute_state(m) for m in model.modules()],
-        "tensors": [(name, id(t), tensor_bytes(t), t.requires_grad) for name, t in tensors],
-        "gradients": [(id(p.grad), tensor_bytes(p.grad)) for p in model.parameters()],
-        "state_dict": {name: tensor_bytes(t) for name, t in model.state_dict().items()},
-        "config": (id(model.config), model.config.to_dict()),
-    }
-
-
-def random_states():
-    numpy_state = np.random.get_state()
-    return (
-        torch.get_rng_state().tolist(),
-        [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy_state],
-        random.getstate(),
-    )
+def space_of(name):
+    """All there is to search: shortcuts too, where there are layers to put them on."""
+    return SearchSpace() if name == "mobilevit" else SearchSpace(shortcuts=KINDS)
 
 
 def lived_in(made):
@@ -81,7 +50,8 @@ def test_the_model_and_the_generators_come_back_bit_identical(subject, name, pro
     made = subject(name)
     model = lived_in(made)
     before, states = fingerprint(model), random_states()
-    allocate(model, made.batches(), budget=Budget(rank=2), proxy=proxy, seed=3)
+    space = space_of(name)
+    allocate(model, made.batches(), budget=Budget(rank=2), proxy=proxy, space=space, seed=3)
     assert random_states() == states
     after = fingerprint(model)
     for key, value in before.items():
@@ -101,7 +71,7 @@ def test_gradient_checkpointing_hooks_and_flags_come_back(subject):
     made = subject("opt")
     made.model.gradient_checkpointing_enable()
     before = fingerprint(made.model)
-    allocate(made.model, made.batches(), budget=Budget(rank=2))
+    allocate(made.model, made.batches(), budget=Budget(rank=2), space=space_of("opt"))
     assert fingerprint(made.model) == before
 
 
@@ -121,7 +91,7 @@ def test_an_interrupted_search_leaves_the_model_alone(subject, name, error):
         raise error
 
     with pytest.raises(error):
-        allocate(model, interrupted(), budget=Budget(rank=2))
+        allocate(model, interrupted(), budget=Budget(rank=2), space=space_of(name))
     assert random_states() == states
     assert fingerprint(model) == before
 

@@ -182,7 +182,7 @@ def test_save_and_load_keep_everything(subject, tmp_path):
     assert loaded.lora_config.to_dict() == found.lora_config.to_dict()
     text = path.read_text()
     document = json.loads(text)
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
     assert text == json.dumps(document, indent=2, sort_keys=True) + "\n"
     check_adapted(adapt(made.model, loaded), found)
 
@@ -227,7 +227,7 @@ def drop(key):
         (drop("sites"), "'sites' is missing"),
         (drop("seed"), "'seed' is missing"),
         (drop("shortcuts"), "'shortcuts' is missing"),
-        (entry("schema_version", 2), "schema_version is 2.*upgrade"),
+        (entry("schema_version", 3), "schema_version is 3.*upgrade"),
         (entry("schema_version", 0), "schema_version is 0"),
         (entry("schema_version", "1"), "schema_version must be an integer"),
         (entry("extra", 1), "'extra' is not a key"),
@@ -256,7 +256,9 @@ def drop(key):
         (entry("task_type", "CLS"), "task_type is 'CLS'"),
         (entry("modules_to_save", "head"), "'modules_to_save' must be a list"),
         (entry("lookalikes", [1]), "'lookalikes' must be a list"),
-        (entry("shortcuts", {"in-attn": 1}), "shortcuts must be {}"),
+        (entry("shortcuts", {"in-attn": 1}), r"shortcuts\['in-attn'\] is in only one"),
+        (entry("shortcut_scaling", 0), "shortcut_scaling is 0"),
+        (drop("shortcut_candidates"), "'shortcut_candidates' is missing"),
         (entry("seconds", None), "seconds must be a number"),
         (entry("step_seconds", 0), "step_seconds is 0"),
     ],

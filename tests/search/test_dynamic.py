@@ -173,7 +173,7 @@ def test_warm_ups(tmp_path):
     search, ranks = made()
     assert [ranking.step for ranking in search.rankings] == late
     assert all(set(ranks[step].values()) == {R} for step in range(15))
-    assert search.counts.ever_trained == 2 * search._parameters
+    assert search.counts.ever_trained == 2 * search._pools[0].parameters
     search, ranks = made(warmup="uniform")
     assert [ranking.step for ranking in search.rankings] == late
     assert all(set(ranks[step].values()) == {R // 2} for step in range(15))

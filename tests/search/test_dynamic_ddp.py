@@ -12,7 +12,8 @@ import pytest
 
 
 @pytest.mark.slow
-def test_two_processes_decide_as_one(tmp_path):
+@pytest.mark.parametrize("options", [[], ["shortcuts"]], ids=["LoRA", "LoRA and shortcuts"])
+def test_two_processes_decide_as_one(tmp_path, options):
     """On gloo. What the processes check themselves is in the script."""
     script = str(Path(__file__).parents[1] / "ddp_search_worker.py")
     with socket.socket() as probe:
@@ -21,18 +22,19 @@ def test_two_processes_decide_as_one(tmp_path):
     torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [sys.executable, "-m", *torchrun, f"--master-port={port}", script, str(tmp_path)],
+        [sys.executable, "-m", *torchrun, f"--master-port={port}", script, str(tmp_path), *options],
         capture_output=True,
         text=True,
         timeout=240,
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ddp_search_worker.main(str(tmp_path))
+    ddp_search_worker.main(str(tmp_path), *options)
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert [step for step, _, _ in one] == [0, 4, 8, 10, 14, 18]
     assert [step for step, _, _ in two] == [0, 4, 8, 10, 14, 18]
     assert len({tuple(ranks.values()) for _, _, ranks in one}) > 1
+    assert {len(ranks) for _, _, ranks in one} == {17 if options else 6}
     # Before anything has trained, only the order of the sums differs.
     for name, score in one[0][1].items():
         assert two[0][1][name] == pytest.approx(score, rel=1e-5), name

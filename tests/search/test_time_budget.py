@@ -152,5 +152,8 @@ def test_budgets_that_contradict_themselves():
         Budget(step_time=0.6, rank=8, params=100)
     with pytest.raises(BudgetError, match="needs step_time"):
         Budget(rank=8, measured=True)
+    space = SearchSpace(shortcuts=("in-attn",))
+    with pytest.raises(BudgetError, match="step_time cannot price shortcuts"):
+        allocate(build("bert"), [], budget=Budget(step_time=0.6), space=space)
     with pytest.raises(BudgetError, match="no dynamic search under step_time"):
         DynamicSearchCallback(Budget(step_time=0.6))

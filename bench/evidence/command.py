@@ -1,0 +1,253 @@
+"""`heterolora bench evidence`: its options and what it does."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from heterolora.bench.evidence.config import Config, Run
+    from heterolora.bench.evidence.store import Store
+
+__all__ = ["add_arguments", "given", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench evidence` that other actions do not share."""
+    group = parser.add_argument_group("evidence")
+    group.add_argument("--data", type=Path, metavar="DIR", help="folder with the tasks' folders")
+    group.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: 2)")
+    group.add_argument(
+        "--only", nargs="+", metavar="ARM", help="these arms of the configuration only"
+    )
+    group.add_argument(
+        "--report", type=Path, metavar="DIR", help="print the table of a folder of results"
+    )
+    group.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="with --report: write the table here"
+    )
+
+
+def given(args: argparse.Namespace) -> bool:
+    """Whether one of these options was used."""
+    return any(
+        getattr(args, name) is not None
+        for name in ("data", "workers", "only", "report", "markdown")
+    )
+
+
+def run(args: argparse.Namespace, config_path: Path | None) -> int:
+    """0: everything asked for is done. 1: a run failed. 130: stopped by Ctrl-C or SIGTERM.
+
+    Args:
+        args: from a parser with the options of `bench`.
+        config_path: the configuration.
+
+    Raises:
+        BenchError: the request makes no sense, or a file is malformed.
+        DataError: a task's data is missing or malformed.
+    """
+    from heterolora.bench.evidence.config import read_config
+    from heterolora.bench.evidence.store import Store
+    from heterolora.bench.harness import BenchError
+
+    if args.report is not None:
+        return _report(args)
+    if config_path is None:
+        raise BenchError("give a configuration: a JSON file, or main")
+    config = read_config(config_path)
+    arms = _selected(config, args.only)
+    if args.list:
+        return _list(config, arms)
+    if args.data is None or args.out is None:
+        raise BenchError("`bench evidence` needs --data (the tasks' folders) and --out (results)")
+    workers = 2 if args.workers is None else args.workers
+    if workers < 1:
+        raise BenchError(f"--workers must be at least 1, not {workers}")
+    _check_data(config, args.data)
+    store = Store(args.out)
+    with _interruptible():
+        try:
+            failed = _work(config, arms, store, args.data, workers, f"evidence {config_path.stem}")
+        except KeyboardInterrupt:
+            _say("stopped; what is done is kept: run the same command again to go on")
+            return 130
+    for name in failed:
+        _say(f"failed: {name}")
+    return 1 if failed else 0
+
+
+def _selected(config: Config, only: Sequence[str] | None) -> tuple[str, ...]:
+    from heterolora.bench.harness import BenchError
+
+    unknown = [arm for arm in only or () if arm not in config.arms]
+    if unknown:
+        raise BenchError(f"--only {unknown[0]}: the configuration has {', '.join(config.arms)}")
+    return tuple(arm for arm in config.arms if only is None or arm in only)
+
+
+def _list(config: Config, arms: Sequence[str]) -> int:
+    from heterolora.bench.evidence.arms import ARMS
+    from heterolora.bench.evidence.plan import choices
+
+    width = max(map(len, arms))
+    for name in arms:
+        arm = ARMS[name]
+        print(f"{name:<{width}}  {arm.about} (learning rate of {arm.family})")
+    choosing = sum(len(choice.runs) for choice in choices(config, arms))
+    final = len(arms) * len(config.epochs) * len(config.ranks) * len(config.seeds)
+    print(f"\n{final} runs, and {choosing} to choose learning rates")
+    return 0
+
+
+def _check_data(config: Config, data: Path) -> None:
+    """Before a worker is started, and all of it: a task may come hours later."""
+    from heterolora.bench.evidence.tasks import TASKS
+
+    for task in config.epochs:
+        TASKS[task].load(data)
+
+
+def _work(
+    config: Config, arms: Sequence[str], store: Store, data: Path, workers: int, command: str
+) -> list[str]:
+    """Learning rates first, then the runs. Returns the names of what failed."""
+    import torch
+
+    from heterolora.bench import record
+    from heterolora.bench.evidence.plan import choices, final_runs
+    from heterolora.bench.harness import BenchError
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    environment = {**record.environment(device, [command]), "workers": workers, "threads": 1}
+    questions = choices(config, arms)
+    preliminary = [run for choice in questions for run in choice.runs]
+    failed = _all(preliminary, "learning rates", store, data, workers, environment)
+    rates = {}
+    for choice in questions:
+        try:
+            rate, why = choice.settle(store.result)
+        except BenchError as error:
+            failed.append(str(error))
+            continue
+        store.save_choice(choice.name, why)
+        rates[choice.task, choice.rank, choice.family] = rate
+    final = final_runs(config, arms, rates)
+    return failed + _all(final, "runs", store, data, workers, environment)
+
+
+def _all(
+    runs: Sequence[Run],
+    what: str,
+    store: Store,
+    data: Path,
+    workers: int,
+    environment: dict[str, Any],
+) -> list[str]:
+    from heterolora.bench.evidence.pool import work_off
+
+    todo = [run for run in runs if store.result(run) is None]
+    failed = []
+    with (
+        _progress(what, len(runs), len(runs) - len(todo)) as advance,
+        closing(work_off(todo, data, workers)) as outcomes,
+    ):
+        for outcome in outcomes:
+            name = outcome.run.name
+            if outcome.result is None:
+                failed.append(f"{name}: {outcome.error}")
+                advance(f"{name}: failed, {outcome.error}\n{outcome.trace}".rstrip())
+            else:
+                store.save(outcome.run, outcome.result, environment)
+                advance(f"{name}: {_figures(outcome.result)}")
+    return failed
+
+
+def _figures(result: dict[str, Any]) -> str:
+    if result["diverged"]:
+        return "diverged"
+    metric = next(name for name in ("accuracy", "pearson") if name in result)
+    return (
+        f"loss {result['loss']:.4f}, {metric} {result[metric]:.4f}, "
+        f"{result['seconds']['wall']:.0f} s"
+    )
+
+
+@contextmanager
+def _progress(what: str, total: int, done: int) -> Iterator[Any]:
+    """Gives a function that takes a line for each run that has ended."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        start, count = time.monotonic(), 0
+
+        def line(text: str) -> None:
+            nonlocal count
+            count += 1
+            left = (time.monotonic() - start) / count * (total - done - count)
+            _say(f"[{done + count}/{total}, {left / 60:.0f} min left] {text}")
+
+        yield line
+        return
+    with Progress(
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+
+        def advance(text: str) -> None:
+            bar.console.print(text, markup=False, highlight=False)
+            bar.advance(task)
+
+        yield advance
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, so that the workers are ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from heterolora.bench.evidence.store import Store
+    from heterolora.bench.evidence.table import markdown
+    from heterolora.bench.harness import BenchError
+
+    text = markdown(Store(args.report).tests())
+    if args.markdown is None:
+        print(text, end="")
+        return 0
+    try:
+        args.markdown.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{args.markdown}: cannot be written ({error.strerror})") from error
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,88 @@
+"""What an arm is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from heterolora.fuse import unfuse
+from heterolora.search import Allocation, SearchSpace, adapt
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+__all__ = ["SCALING", "Adapted", "Setting", "adapter_parameters", "onto"]
+
+# alpha / r of every adapter.
+SCALING = 2.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an arm may use.
+
+    Attributes:
+        model: fresh, without an adapter; the arm may change it.
+        rank: the budget, as the parameters of uniform LoRA of that rank on all candidates.
+        seed: of everything random.
+        steps: optimizer steps of the training to come.
+        space: the candidates, and the ranks that an allocation chooses from.
+        scoring_batches: how many batches a search sees.
+        draw: see `batches`.
+    """
+
+    model: Any
+    rank: int
+    seed: int
+    steps: int
+    space: SearchSpace
+    scoring_batches: int
+    draw: Callable[[int], list[dict[str, Any]]]
+
+    def batches(self, count: int | None = None) -> list[dict[str, Any]]:
+        """`count` (by default `scoring_batches`) batches of training rows, the same every time."""
+        return self.draw(self.scoring_batches if count is None else count)
+
+
+@dataclass
+class Adapted:
+    """A model that is ready to train.
+
+    Attributes:
+        model: a PeftModel, not fused.
+        ranks: {module name: rank} at the start.
+        fused: train it through `FuseCallback`.
+        callbacks: further callbacks of the Trainer.
+        search_seconds: wall time of the search before training.
+        notes: what else the result file should say.
+        facts: asked after training, for "ranks" and "parameters" (enabled, ever_trained, stored)
+            where they changed on the way, and anything else.
+    """
+
+    model: Any
+    ranks: dict[str, int]
+    fused: bool = True
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    search_seconds: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
+    facts: Callable[[], dict[str, Any]] = dict
+
+
+def onto(setting: Setting, allocation: Allocation) -> Adapted:
+    """The setting's model with the ranks of an allocation."""
+    model = adapt(setting.model, allocation)
+    # Trainer's callback fuses it, and finds the groups with a batch of the training rows.
+    unfuse(model)
+    return Adapted(model, dict(allocation.ranks), search_seconds=allocation.seconds)
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Values in the trainable factors of LoRA, AdaLoRA and shortcuts."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (".lora_" in name or "low_rank_shortcuts." in name)
+    )

@@ -1,0 +1,168 @@
+"""The table of results: what each arm reached, and whether that differs from uniform ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from heterolora.bench.evidence.arms import ARMS
+from heterolora.bench.evidence.statistics import (
+    FEWEST,
+    RESAMPLES,
+    Difference,
+    paired_difference,
+    spread,
+)
+from heterolora.bench.harness import BenchError
+
+__all__ = ["BASELINE", "markdown"]
+
+BASELINE = "uniform"
+
+_METRICS = ("accuracy", "pearson")
+_HEADER = (
+    "arm",
+    "parameters",
+    "seeds",
+    "learning rate",
+    "test loss",
+    "loss − uniform",
+    "{metric} %",
+    "{metric} − uniform",
+    "s/step (CPU)",
+    "search s",
+)
+
+Entries = list[dict[str, Any]]
+
+
+def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
+    """A section for each task and budget, a row for each arm.
+
+    Args:
+        entries: as of `heterolora.bench.evidence.store.Store.tests`.
+
+    Raises:
+        BenchError: there is nothing to report, or an arm has two results for one seed.
+    """
+    groups: dict[tuple[str, int], dict[str, Entries]] = defaultdict(lambda: defaultdict(list))
+    for entry in entries:
+        run = entry["run"]
+        groups[run["task"], run["rank"]][run["arm"]].append(dict(entry))
+    if not groups:
+        raise BenchError("no result to report yet")
+    compared = beyond = 0
+    lines = []
+    for (task, rank), arms in sorted(groups.items()):
+        metric = _metric(arms)
+        _check_single(arms, task, rank)
+        lines += [f"## {task}, the parameters of uniform rank {rank}", ""]
+        lines.append(_row(column.format(metric=metric) for column in _HEADER))
+        lines.append(_row(["---"] + ["---:"] * (len(_HEADER) - 1)))
+        order = [*(arm for arm in ARMS if arm in arms), *(arm for arm in arms if arm not in ARMS)]
+        for arm in order:
+            cells, differences = _cells(arm, arms, metric)
+            lines.append(_row(cells))
+            judged = [d for d in differences if d is not None and d.low is not None]
+            compared += len(judged)
+            beyond += sum(d.beyond_noise for d in judged)
+        lines.append("")
+    lines += [
+        "Mean ± standard deviation over seeds. Differences are paired by seed, from "
+        f"{FEWEST} seeds on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the "
+        f"seeds, bold where it leaves out zero: {beyond} of {compared} comparisons. Of arms that "
+        f"do not differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
+        "Parameters are those of the adapter in use at the end; where more had been trained, or "
+        "other numbers are saved, these follow. Beside it every arm trains the same head in full. "
+        "A run that diverged has no loss and is left out of the means; the column of seeds says "
+        "so.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cells(
+    arm: str, arms: Mapping[str, Entries], metric: str
+) -> tuple[list[str], list[Difference | None]]:
+    entries = arms[arm]
+    good = [entry for entry in entries if not entry["result"]["diverged"]]
+    seeds = str(len(good)) + (f" of {len(entries)}" if len(good) < len(entries) else "")
+    rates = sorted({entry["run"]["learning_rate"] for entry in entries})
+    head = [arm, _parameters(entries), seeds, ", ".join(f"{rate:g}" for rate in rates)]
+    steps = [e["result"]["seconds_per_step"]["cpu"] for e in entries]
+    timed = [seconds for seconds in steps if seconds is not None]
+    searched = fmean(entry["result"]["search_seconds"] for entry in entries)
+    tail = [f"{fmean(timed):.3f}" if timed else "", f"{searched:.1f}" if searched else ""]
+    middle, differences = [], []
+    for key, unit, digits in (("loss", 1.0, 4), (metric, 100.0, 2)):
+        own = _by_seed(entries, key, unit)
+        middle.append(_spread(list(own.values()), digits))
+        difference = None
+        if arm != BASELINE:
+            difference = paired_difference(own, _by_seed(arms.get(BASELINE, []), key, unit))
+        middle.append(_difference(difference, digits))
+        differences.append(difference)
+    return [*head, *middle, *tail], differences
+
+
+def _by_seed(entries: Entries, key: str, unit: float) -> dict[int, float]:
+    return {
+        entry["run"]["seed"]: unit * entry["result"][key]
+        for entry in entries
+        if entry["result"][key] is not None
+    }
+
+
+def _parameters(entries: Entries) -> str:
+    found = [entry["result"]["parameters"] for entry in entries]
+    enabled = _range(count["enabled"] for count in found)
+    others = [
+        f"{label} {_range(count[key] for count in found)}"
+        for key, label in (("ever_trained", "ever trained"), ("stored", "stored"))
+        if any(count[key] != count["enabled"] for count in found)
+    ]
+    return "; ".join([enabled, *others])
+
+
+def _range(counts: Iterable[int]) -> str:
+    values = sorted(set(counts))
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean, deviation = spread(values)
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def _difference(found: Difference | None, digits: int) -> str:
+    if found is None:
+        return ""
+    text = f"{found.mean:+.{digits}f}"
+    if found.low is not None:
+        text += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"**{text}**" if found.beyond_noise else text
+
+
+def _metric(arms: Mapping[str, Entries]) -> str:
+    first = next(iter(arms.values()))[0]["result"]
+    return next(name for name in _METRICS if name in first)
+
+
+def _check_single(arms: Mapping[str, Entries], task: str, rank: int) -> None:
+    for arm, entries in arms.items():
+        seeds = [entry["run"]["seed"] for entry in entries]
+        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+        if twice is not None:
+            raise BenchError(
+                f"{arm} on {task} at rank {rank} has two results for seed {twice} (learning rates "
+                f"{', '.join(sorted({format(e['run']['learning_rate'], 'g') for e in entries}))}); "
+                "delete those that are not meant"
+            )
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,195 @@
+"""Every arm, trained for a few steps on a tiny model."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from evidence_runs import ROWS, a_run, save_sick, save_tiny_model
+
+from heterolora.bench.evidence import arms, outside
+from heterolora.bench.evidence.arms import ARMS, allocated
+from heterolora.bench.evidence.setting import Setting, adapter_parameters
+from heterolora.bench.evidence.tasks import TASKS
+from heterolora.bench.evidence.trial import Trials
+from heterolora.search import SearchSpace
+
+# Two layers of four 32 x 32 and two 32 x 64 linears; 64 and 96 parameters per unit of rank.
+UNIT = 2 * (4 * 64 + 2 * 96)
+STEPS = 2 * math.ceil(ROWS / 8)
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory):
+    return Trials(save_sick(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+class Results(dict):
+    """{arm: result}, each run when it is asked for first."""
+
+    def __init__(self, trials, model):
+        super().__init__()
+        self.trials, self.model = trials, model
+
+    def __missing__(self, name):
+        self[name] = self.trials.run(a_run(self.model, arm=name))
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def results(trials, model):
+    return Results(trials, model)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_trains_and_is_measured(results, name):
+    result = results[name]
+    assert result["steps"] == STEPS
+    assert (result["train_rows"], result["test_rows"]) == (ROWS, ROWS)
+    assert not result["diverged"] and 0 < result["loss"] < 3
+    assert 0 <= result["accuracy"] <= 1
+    # Pooler, and classifier of three classes.
+    assert result["trained_in_full"] == 32 * 32 + 32 + 3 * 32 + 3
+    assert result["seconds_per_step"]["cpu"] > 0
+    assert len(result["ranks"]) > 0
+    # All but AdaLoRA, whose layers are not LoRA's, go through FuseCallback. Of layers as small as
+    # these it leaves all to PEFT, whose forward is faster there.
+    assert result["fused_modules"] == (None if name == "adalora" else 0)
+
+
+@pytest.mark.parametrize("name", [n for n in ARMS if ARMS[n].build is not outside.adalora])
+def test_parameters_are_within_the_budget(results, name):
+    enabled = results[name]["parameters"]["enabled"]
+    shortcuts = name in ("shortcuts-all", "lora-higher")
+    # Seven shortcuts, as the first layer has no cross-ffn, of 64 parameters each.
+    budget = 2 * UNIT + (2 * 7 * 64 if shortcuts else 0)
+    assert 0.9 * budget < enabled <= budget
+    if name in ("uniform", "random", "grad-norm", "shuffled", "shortcuts-all"):
+        assert enabled == budget
+
+
+def test_on_off_is_a_quarter_of_the_parameters_at_four_times_the_rank(results):
+    for name in ("random-onoff", "grad-norm-onoff", "dynamic-grad-norm"):
+        assert set(results[name]["ranks"].values()) == {0, 8}
+
+
+def test_shuffling_deals_the_same_ranks_among_modules_of_one_size(results):
+    dealt, own = results["shuffled"]["ranks"], results["grad-norm"]["ranks"]
+    assert dealt != own
+    for part in ("intermediate", ""):
+        ranks = [sorted(r for n, r in found.items() if part in n) for found in (dealt, own)]
+        assert ranks[0] == ranks[1]
+
+
+def test_lora_higher_has_two_neighbouring_ranks(results, model):
+    # Here the shortcuts cost half of uniform LoRA: 2 and 1 of them make 3, 1 and a half 1.5.
+    assert set(results["lora-higher"]["ranks"].values()) == {3}
+    adapted = ARMS["lora-higher"].build(replace(setting(model), rank=1))
+    assert set(adapted.ranks.values()) == {1, 2}
+    assert 1.4 * UNIT < adapter_parameters(adapted.model) <= 1.5 * UNIT
+
+
+def test_shortcuts_are_trained_and_counted(results):
+    assert results["shortcuts-all"]["shortcuts"] == 7
+
+
+def test_dynamic_ranks_again_five_times_an_epoch_and_says_what_was_trained(results):
+    result = results["dynamic-grad-norm"]
+    counts = result["parameters"]
+    # Six steps an epoch: a ranking every ceil(1.2) steps.
+    assert result["rankings"] == 6
+    assert counts["enabled"] == counts["stored"] <= counts["ever_trained"] <= 8 * UNIT
+
+
+def test_adalora_prunes_after_every_step(results):
+    result = results["adalora"]
+    assert result["update_and_allocate_calls"] == STEPS
+    assert sum(result["ranks"].values()) == 2 * 12
+    counts = result["parameters"]
+    assert counts["ever_trained"] == 4 * (UNIT + 12)
+    assert counts["enabled"] < counts["ever_trained"]
+
+
+def setting(model, seed=0):
+    made, tokenizer = TASKS["sick"].make(str(model), seed)
+    rows = TASKS["sick"]
+    texts = tokenizer(["good film", "the plot is weak"] * 4, return_tensors="pt", padding=True)
+    batch = {**texts, "labels": torch.arange(8) % 3}
+    return Setting(
+        model=made,
+        rank=2,
+        seed=seed,
+        steps=12,
+        space=SearchSpace(target_modules=rows.targets),
+        scoring_batches=2,
+        draw=lambda count: [dict(batch) for _ in range(count)],
+    )
+
+
+def test_eva_keeps_its_components_and_its_scale(model):
+    adapted = outside.eva(setting(model))
+    layers = {
+        name: layer
+        for name, layer in adapted.model.get_base_model().named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    ranks = {name: rank for name, rank in adapted.ranks.items() if rank}
+    assert {n: layer.lora_A["default"].weight.shape[0] for n, layer in layers.items()} == ranks
+    assert adapter_parameters(adapted.model) <= 2 * UNIT <= adapted.notes["parameters_before_trim"]
+    for layer in layers.values():
+        assert layer.scaling["default"] == pytest.approx(2.0)
+        # Principal directions are orthonormal, which no random start is.
+        a = layer.lora_A["default"].weight
+        torch.testing.assert_close(a @ a.T, torch.eye(len(a)), atol=1e-4, rtol=0)
+        assert not layer.lora_B["default"].weight.any()
+
+
+def test_allocated_hands_its_options_on(model):
+    adapted = allocated("constant", ranks=(1, 4), scaling=1.0)(setting(model))
+    assert set(adapted.ranks.values()) == {1, 4}
+    layer = next(m for m in adapted.model.modules() if hasattr(m, "lora_A"))
+    assert layer.scaling["default"] == 1.0
+
+
+def test_a_run_repeats_and_seeds_differ(trials, model):
+    first, again = (trials.run(a_run(model, arm="shuffled", epochs=1.0)) for _ in range(2))
+    other = trials.run(a_run(model, arm="shuffled", epochs=1.0, seed=1))
+    assert (first["loss"], first["ranks"]) == (again["loss"], again["ranks"])
+    assert first["loss"] != other["loss"] and first["ranks"] != other["ranks"]
+
+
+def test_a_choice_run_holds_rows_of_the_training_split_out(trials, model):
+    result = trials.run(a_run(model, purpose="choice", epochs=1.0))
+    assert (result["train_rows"], result["test_rows"]) == (43, 5)
+
+
+def test_a_run_that_diverges_says_so(trials, model):
+    result = trials.run(a_run(model, learning_rate=1e30, epochs=1.0))
+    assert result["diverged"] and result["loss"] is None
+
+
+def test_searches_see_training_rows_only(trials, model, monkeypatch):
+    seen = []
+
+    def spy(given):
+        seen.append(given)
+        return ARMS["uniform"].build(given)
+
+    monkeypatch.setitem(ARMS, "spy", arms.Arm("spy", "uniform", "", spy))
+    run = a_run(model, arm="spy", purpose="choice", epochs=1.0)
+    trials.run(run)
+    train, held_out = (
+        {tuple(row["input_ids"]) for row in rows}
+        for rows in trials._splits(TASKS["sick"], run, None)
+    )
+    drawn = [
+        tuple(ids[ids > 0].tolist()) for batch in seen[0].batches(6) for ids in batch["input_ids"]
+    ]
+    assert len(drawn) == 43 and set(drawn) == train
+    assert held_out - train
+    assert len(seen[0].batches()) == 2 and seen[0].steps == 6

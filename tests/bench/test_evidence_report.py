@@ -1,0 +1,94 @@
+"""Statistics with known answers, and the table made of them."""
+
+import numpy as np
+import pytest
+from evidence_runs import entry
+
+from heterolora.bench.evidence.statistics import FEWEST, paired_difference, spread
+from heterolora.bench.evidence.table import markdown
+from heterolora.bench.harness import BenchError
+
+
+def test_spread_of_known_values():
+    assert spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert spread([4.0]) == (4.0, None)
+
+
+def test_a_constant_difference_has_an_interval_of_no_width():
+    # Seeds differ by far more than the arms, which only pairing can tell.
+    other = {seed: 10.0 * seed for seed in range(6)}
+    found = paired_difference({seed: value - 0.5 for seed, value in other.items()}, other)
+    assert (found.pairs, found.mean, found.low, found.high) == (6, -0.5, -0.5, -0.5)
+    assert found.beyond_noise
+
+
+def test_only_common_seeds_are_compared():
+    found = paired_difference({0: 1.0, 1: 2.0, 7: 100.0}, {0: 0.0, 1: 0.0, 8: -100.0})
+    assert (found.pairs, found.mean) == (2, 1.5)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_too_few_seeds_have_no_interval():
+    arm, other = dict.fromkeys(range(FEWEST), 1.0), dict.fromkeys(range(FEWEST), 0.0)
+    assert paired_difference(arm, other).low == 1.0
+    del arm[0]
+    found = paired_difference(arm, other)
+    assert found.low is None and not found.beyond_noise
+
+
+def test_differences_around_zero_are_noise():
+    arm = {seed: (-1.0) ** seed for seed in range(10)}
+    found = paired_difference(arm, dict.fromkeys(arm, 0.0))
+    assert found.low < 0 < found.high
+    assert not found.beyond_noise
+
+
+def test_interval_is_that_of_the_normal_distribution_for_many_seeds():
+    values = np.random.default_rng(1).normal(0.3, 2.0, 400)
+    found = paired_difference(dict(enumerate(values.tolist())), dict.fromkeys(range(400), 0.0))
+    half = 1.96 * values.std() / 20
+    # 10,000 resamples know a 2.5 % quantile to 0.027 standard errors; four of those.
+    close = 4 * 0.027 * half / 1.96
+    assert found.low == pytest.approx(values.mean() - half, abs=close)
+    assert found.high == pytest.approx(values.mean() + half, abs=close)
+
+
+def rows(text):
+    """{first cell: the other cells} of the lines of a table."""
+    cells = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
+
+
+def test_table_marks_what_is_beyond_noise():
+    noisy = (0.1, -0.1, 0.2, -0.2, 0.05)
+    entries = [entry("uniform", seed, 1.0 + seed, 0.8) for seed in range(5)]
+    entries += [entry("grad-norm", seed, 1.25 + seed, 0.8) for seed in range(5)]
+    entries += [entry("random", seed, 1.0 + seed + noisy[seed], 0.8) for seed in range(5)]
+    text = markdown(entries)
+    found = rows(text)
+    assert "## sick, the parameters of uniform rank 2" in text
+    # In the order of the registry.
+    assert [*found][-3:] == ["uniform", "random", "grad-norm"]
+    assert found["uniform"][:5] == ["100", "5", "0.001", "3.0000 ± 1.5811", ""]
+    assert found["grad-norm"][4] == "**+0.2500 [+0.2500, +0.2500]**"
+    assert not found["random"][4].startswith("**") and "[" in found["random"][4]
+    assert found["random"][6] == "+0.00 [+0.00, +0.00]"
+    assert found["grad-norm"][7] == "0.250"
+    assert "1 of 4 comparisons" in text
+
+
+def test_table_says_which_parameters_and_which_seeds():
+    counts = {"enabled": 100, "ever_trained": 1300, "stored": 100}
+    entries = [entry("uniform", 0, 1.0), entry("uniform", 1, None)]
+    entries += [entry("dynamic-grad-norm", 0, 1.0, parameters=counts)]
+    found = rows(markdown(entries))
+    assert found["uniform"][1] == "1 of 2"
+    assert found["dynamic-grad-norm"][0] == "100; ever trained 1,300"
+    assert found["dynamic-grad-norm"][4] == "+0.0000"
+
+
+def test_table_refuses_two_results_for_one_seed():
+    with pytest.raises(BenchError, match=r"uniform on sick at rank 2 has two results for seed 0"):
+        markdown([entry("uniform", 0, 1.0), entry("uniform", 0, 2.0)])
+    with pytest.raises(BenchError, match="no result"):
+        markdown([])

@@ -1,0 +1,72 @@
+"""A tiny model and a tiny SICK for the tests of `bench evidence`."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from tiny import BAD, FILLER, GOOD, save_model
+
+from heterolora.bench.evidence.config import Recipe, Run
+
+ROWS = 48
+HEADER = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
+LABELS = ("NEUTRAL", "ENTAILMENT", "CONTRADICTION")
+
+
+def save_sick(data: Path, rows: int = ROWS) -> Path:
+    """`data` with a folder sick whose labels follow from the words, and a quote in one sentence."""
+    folder = data / "sick"
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    for name in ("SICK_train.txt", "SICK_test_annotated.txt"):
+        lines = []
+        for row in range(rows):
+            words = (FILLER, GOOD, BAD)[row % 3]
+            first = " ".join(draw.choices(FILLER, k=draw.randint(1, 5)))
+            second = " ".join(draw.choices(words, k=3))
+            quote = '"' if row == 1 else ""
+            lines.append(f"{row}\t{quote}{first}\t{second}\t3.0\t{LABELS[row % 3]}\n")
+        (folder / name).write_text(HEADER + "".join(lines), encoding="utf-8")
+    return data
+
+
+def save_tiny_model(folder: Path) -> Path:
+    return save_model(folder)
+
+
+def a_run(model: Path | str, **changes: Any) -> Run:
+    """A run of a few steps."""
+    recipe = Recipe(model=str(model), batch_size=8, max_length=16, scoring_batches=2)
+    values = {
+        "purpose": "test",
+        "task": "sick",
+        "arm": "uniform",
+        "rank": 2,
+        "seed": 0,
+        "learning_rate": 1e-3,
+        "epochs": 2.0,
+        "recipe": recipe,
+    }
+    return Run(**{**values, **changes})
+
+
+def entry(
+    arm: str, seed: int, loss: float | None, accuracy: float = 0.5, **more: Any
+) -> dict[str, Any]:
+    """A result file's content, as far as a table reads it."""
+    counts = {"enabled": 100, "ever_trained": 100, "stored": 100}
+    result = {
+        "loss": loss,
+        "accuracy": accuracy,
+        "diverged": loss is None,
+        "parameters": counts,
+        "seconds_per_step": {"wall": 0.5, "cpu": 0.25},
+        "search_seconds": 0.0,
+        **more,
+    }
+    return {
+        "schema": 1,
+        "run": a_run("minilm", arm=arm, seed=seed).as_json(),
+        "result": result,
+        "environment": {},
+    }
