@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from heterolora.bench.predict import seconds_of
 from heterolora.bench.record import BenchRun
 from heterolora.bench.report import Table, markdown_of
 from heterolora.bench.shapes import GROUPS
 from heterolora.bench.targets import DEVICE, TARGETS, targets_table
 from heterolora.kernels.buckets import bucket
 from heterolora.kernels.chips import chip_for
-from heterolora.kernels.cost import Estimate, LowRank, Problem, estimate
+from heterolora.kernels.cost import Estimate, LowRank, Problem, estimate, load_of
 from heterolora.kernels.devices import Device, device_for
 from heterolora.kernels.schedule import plan
 
@@ -109,7 +108,7 @@ def _parts(found: Estimate, device: Device) -> dict[str, float]:
             if not part:
                 text = f"{found.implementation}, {when}: the step {step.name!r} is of no part"
                 raise ValueError(text)
-            total[part] += seconds_of([step], device)
+            total[part] += load_of([step], device).device
     return total
 
 

@@ -8,19 +8,17 @@ the two, since the host runs ahead across layers. What torch.compile makes of PE
 :func:`compiled_peft_steps`.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from heterolora.bench.cases import Case
 from heterolora.bench.shapes import GROUPS
-from heterolora.kernels.cost import LowRank, Problem, Step, estimate, step_seconds
+from heterolora.kernels.cost import Load, LowRank, Problem, Step, estimate, load_of, step_seconds
 from heterolora.kernels.cost_steps import base_steps
 from heterolora.kernels.devices import Device
 from heterolora.kernels.dispatch import decide
 
 __all__ = [
     "PATHS",
-    "Load",
     "case_seconds",
     "compiled_peft_steps",
     "group_seconds",
@@ -28,7 +26,6 @@ __all__ = [
     "llama_groups",
     "problems",
     "rest_of_llama",
-    "seconds_of",
     "whole_step",
 ]
 
@@ -37,30 +34,6 @@ PATHS = ("peft", "aten", "triton")
 _ITEM = {"fp32": 4, "bf16": 2}
 # PEFT keeps adapters in float32.
 _FACTOR = 4
-
-
-@dataclass(frozen=True)
-class Load:
-    """Seconds of work on the device and of launching it on the host, which overlap."""
-
-    device: float = 0.0
-    host: float = 0.0
-
-    def __add__(self, other: "Load") -> "Load":
-        return Load(self.device + other.device, self.host + other.host)
-
-    @property
-    def seconds(self) -> float:
-        return max(self.device, self.host)
-
-
-def seconds_of(steps: Iterable[Step], device: Device) -> float:
-    """Device seconds of steps one after the other, gaps included."""
-    total = 0.0
-    for step in steps:
-        by_bytes, by_flops, gap = step_seconds(step, device)
-        total += max(by_bytes, by_flops) + gap
-    return total
 
 
 def group_seconds(problem: Problem, device: Device, variant: str) -> Load:
@@ -74,7 +47,7 @@ def group_seconds(problem: Problem, device: Device, variant: str) -> Load:
     if variant.endswith("ideal"):
         return Load(sum(max(step_seconds(step, device)[:2]) for step in ideal_steps(problem)))
     if variant == "compile-peft":
-        return _load(compiled_peft_steps(problem), device)
+        return load_of(compiled_peft_steps(problem), device)
     captured = variant.startswith("graph-")
     plain = variant.removeprefix("graph-").removeprefix("compile-")
     if plain == "fused":
@@ -83,11 +56,6 @@ def group_seconds(problem: Problem, device: Device, variant: str) -> Load:
     taken = found["base" if plain == "base-only" else plain]
     passes = taken.forward, taken.backward
     return Load(sum(p.device_seconds for p in passes), sum(p.host_seconds for p in passes))
-
-
-def _load(steps: Iterable[Step], device: Device) -> Load:
-    steps = list(steps)
-    return Load(seconds_of(steps, device), device.host * sum(step.launches for step in steps))
 
 
 def ideal_steps(p: Problem) -> list[Step]:
@@ -255,5 +223,5 @@ def whole_step(
     if variant.endswith("ideal"):
         total += Load(sum(max(step_seconds(s, run)[:2]) for s in rest))
     else:
-        total += _load(rest, run)
+        total += load_of(rest, run)
     return sizes["layers"] * total.seconds

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from heterolora.bench.cases import CASES
 from heterolora.bench.measures import devices, field_of, ratios
-from heterolora.bench.predict import case_seconds, ideal_steps, problems, seconds_of
+from heterolora.bench.predict import case_seconds, ideal_steps, problems
 from heterolora.bench.record import BenchRun
 from heterolora.bench.report import Table, markdown_of
-from heterolora.kernels.cost import estimate
+from heterolora.kernels.cost import estimate, load_of
 from heterolora.kernels.devices import Device, device_for
 
 __all__ = ["DEVICE", "NOT_MEASURED", "TARGETS", "Target", "targets_table"]
@@ -155,7 +155,7 @@ def _expand_ratio(case: str, device: Device, variant: str) -> float:
     found = estimate(problem, device)
     steps = ideal_steps(problem) if variant == "ideal" else found["triton"].forward.steps
     ours = [step for step in steps if step.name in ("expand", "forward")]
-    return seconds_of(ours, device) / seconds_of(found["base"].forward.steps, device)
+    return load_of(ours, device).device / load_of(found["base"].forward.steps, device).device
 
 
 def _measured(case: str, variants: tuple[str, str], runs: Sequence[BenchRun]) -> float | None:

@@ -70,7 +70,12 @@ def _search(args: argparse.Namespace) -> int:
     from heterolora.search import Budget, SearchSpace, Variant, allocate
 
     params = args.budget_params
-    budget = Budget(params=params) if params is not None else Budget(rank=args.budget_rank)
+    budget = Budget(
+        rank=args.budget_rank if params is None else None,
+        params=params,
+        step_time=args.step_time,
+        measured=args.measure_steps,
+    )
     own = args.shortcut_budget_rank
     space = SearchSpace(
         target_modules=options.targets(args.target_modules),
@@ -114,6 +119,8 @@ def _search(args: argparse.Namespace) -> int:
         "budget_parameters": allocation.budget_parameters,
         "seconds": allocation.seconds,
         "step_seconds": allocation.step_seconds,
+        "step_time": allocation.step_time,
+        "step_time_error": allocation.step_time_error,
         "ranks": allocation.ranks,
         "shortcuts": allocation.shortcuts,
         "scores": allocation.scores,
@@ -122,12 +129,17 @@ def _search(args: argparse.Namespace) -> int:
     cost = f"{allocation.seconds:.1f} s"
     if allocation.step_seconds:
         cost += f", as much as {allocation.seconds / allocation.step_seconds:.1f} training steps"
+    lines = [f"{used}; scored with {allocation.proxy} in {cost}"]
+    if allocation.step_time is not None:
+        error = allocation.step_time_error
+        by = "the cost model" if error is None else f"measured steps, error {error:.0%}"
+        lines.append(f"a training step takes {allocation.step_time:.2f} of uniform's, by {by}")
     _emit(
         args,
         result,
         [
             _rank_table({**allocation.ranks, **allocation.shortcuts}),
-            f"{used}; scored with {allocation.proxy} in {cost}",
+            *lines,
             f"wrote {args.out}; train it with: heterolora train --allocation {args.out} "
             "and the same options for model and data",
         ],

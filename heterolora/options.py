@@ -106,6 +106,17 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--budget-rank", type=int, default=8, help="as many as uniform rank R")
     budget.add_argument("--budget-params", type=int, help="LoRA parameters to spend")
     search.add_argument(
+        "--step-time",
+        type=float,
+        metavar="X",
+        help="and at most this fraction of a training step of uniform LoRA, batches of this size",
+    )
+    search.add_argument(
+        "--measure-steps",
+        action="store_true",
+        help="with --step-time: fit the times to some measured steps",
+    )
+    search.add_argument(
         "--proxy",
         default="grad-norm",
         help="score: constant, grad-norm, snip, synflow, synflow-output, spectral, spectral-sigma",

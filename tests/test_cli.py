@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +94,7 @@ MISTAKES = {
         "a budget of 10 parameters is below one adapter of the smallest rank",
     ),
     "budget of rank 0": (SEARCH + " --budget-rank 0", "expected a positive integer"),
+    "a time below any step's": (SEARCH + " --step-time 0.01", "step_time=0.01 cannot be met"),
     "unknown proxy": (SEARCH + " --proxy magic", "unknown proxy 'magic'; choose one of"),
     "negative head steps": (SEARCH + " --head-steps -1", "head_steps=-1: expected a whole number"),
     "floor above the ranks": (SEARCH + " --floor 64", "floor=64 is above the largest rank"),
@@ -172,6 +172,7 @@ def test_search_then_train_then_a_resume_that_has_nothing_left(
     assert found["parameters"] <= found["budget_parameters"]
     assert len(found["ranks"]) == 13 and set(found["ranks"]) == set(found["scores"])
     assert "rank by layer and module" in captured.err
+    assert found["step_time"] is None and "of uniform's" not in captured.err
     assert "classification: text 'text', label 'label'; train 32" in captured.err
 
     words = TRAIN + " --allocation {out}/a.json --json {out}/train.json --save-steps 1"
@@ -190,45 +191,6 @@ def test_search_then_train_then_a_resume_that_has_nothing_left(
     assert cli.main(_filled(words + " --resume", files, tmp_path)) == 0
     again = json.loads((tmp_path / "train.json").read_text())
     assert again["metrics"]["test_loss"] == trained["metrics"]["test_loss"]
-
-
-def test_shortcuts_are_searched_trained_and_resumed(
-    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = SEARCH + " --shortcuts all --budget-rank 2 --shortcut-budget-rank 1 --json -"
-    assert cli.main(_filled(words, files, tmp_path)) == 0
-    captured = capsys.readouterr()
-    found = json.loads(captured.out)
-    assert len(found["shortcuts"]) == 7 and any(found["shortcuts"].values())
-    assert found["scores"].keys() == found["ranks"].keys() | found["shortcuts"].keys()
-    assert all(word in captured.err for word in ("cross-", "layer", "in-", "attn", "ffn"))
-
-    words = TRAIN.replace("--max-steps 2", "--max-steps 4 --lr 0.05 --save-steps 2")
-    words += " --allocation {out}/a.json"
-    adapter = tmp_path / "run" / "adapter" / "heterolora_shortcuts.safetensors"
-    assert cli.main(_filled(words, files, tmp_path)) == 0
-    undisturbed = load_file(adapter)
-    on = sum(map(bool, found["shortcuts"].values()))
-    assert len(undisturbed) == 2 * on
-    assert all(value.any() for key, value in undisturbed.items() if key.endswith(".b"))
-
-    shutil.rmtree(tmp_path / "run" / "adapter")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    assert cli.main(_filled(words + " --resume", files, tmp_path)) == 0
-    resumed = load_file(adapter)
-    assert all(torch.equal(value, resumed[key]) for key, value in undisturbed.items())
-
-
-def test_search_with_a_variant(
-    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = SEARCH + " --proxy spectral --head-steps 2 --train-steps 1 --floor 1 --by-layer"
-    assert cli.main(_filled(words + " --budget-rank 2 --json -", files, tmp_path)) == 0
-    result = json.loads(capsys.readouterr().out)
-    variant = result["variant"]
-    assert (variant["head_steps"], variant["train_steps"], variant["floor"]) == (2, 1, 1)
-    assert variant["by_layer"] is True
-    assert min(result["ranks"].values()) == 1 < max(result["ranks"].values())
 
 
 def test_train_without_fusing_gives_the_same_result(

@@ -1,14 +1,16 @@
-"""Search: which module deserves which LoRA rank under a parameter budget."""
+"""Search: which module deserves which LoRA rank under a budget of parameters and time."""
 
 from typing import TYPE_CHECKING, Any
 
 from heterolora.search.adapt import adapt
-from heterolora.search.allocation import Allocation, allocate, uniform
+from heterolora.search.allocation import Allocation
 from heterolora.search.budget import Budget
 from heterolora.search.export import save_enabled
 from heterolora.search.proxies import PROXIES
 from heterolora.search.rankings import ParameterCounts
 from heterolora.search.space import SearchSpace
+from heterolora.search.static import allocate, uniform
+from heterolora.search.step_time import StepTime
 from heterolora.search.variant import Variant
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ __all__ = [
     "DynamicSearchCallback",
     "ParameterCounts",
     "SearchSpace",
+    "StepTime",
     "Variant",
     "adapt",
     "allocate",

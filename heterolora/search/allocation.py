@@ -1,38 +1,22 @@
-"""Decide which module and which shortcut gets which rank: score once, then allocate."""
+"""What a search decides: which module and which shortcut gets which rank."""
 
 from __future__ import annotations
 
-import math
 import re
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from heterolora.attachments import Candidate
-from heterolora.errors import SearchSpaceError
-from heterolora.fuse import fuse, unfuse
-from heterolora.search.budget import Budget, Priced
-from heterolora.search.gains import shuffled
-from heterolora.search.pools import choose_ranks, make_pools
-from heterolora.search.preserve import preserved, seeded
-from heterolora.search.probe import Feed, attach, draw_b, rank_to_probe, timed_step
-from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, UNFUSED, Batch
 from heterolora.search.rankings import ParameterCounts
-from heterolora.search.space import SearchSpace
-from heterolora.search.variant import Variant, scored, warmed_heads
-from heterolora.shortcuts import add_shortcuts, shortcut_candidates
-from heterolora.sites import Site, find_sites, head_names, task_type
+from heterolora.search.variant import Variant
+from heterolora.sites import Site
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["Allocation", "allocate", "uniform"]
+__all__ = ["Allocation"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +43,10 @@ class Allocation:
         seconds: wall time of the search: warm-up, probe adapter, scoring and solving.
         step_seconds: wall time of one warm training step (forward, backward, AdamW) of the probe
             adapter on the first batch; None if nothing was scored.
+        step_time: training step relative to uniform LoRA of the budget's rank, as predicted; None
+            without a budget of time.
+        step_time_error: largest relative error of the measured steps that the prediction was fitted
+            to, each predicted from the others; None by the cost model alone.
     """
 
     scores: dict[str, float]
@@ -79,6 +67,8 @@ class Allocation:
     variant: Variant = Variant()
     seconds: float = 0.0
     step_seconds: float | None = None
+    step_time: float | None = None
+    step_time_error: float | None = None
 
     @property
     def parameters(self) -> int:
@@ -151,215 +141,6 @@ class Allocation:
         return read(Path(path))
 
 
-def allocate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    budget: Budget,
-    shortcut_budget: Budget | None = None,
-    proxy: str = "grad-norm",
-    space: SearchSpace | None = None,
-    seed: int = 0,
-    scaling: float = 2.0,
-    shortcut_scaling: float | None = None,
-    variant: Variant | None = None,
-) -> Allocation:
-    """Score every candidate once and spend `budget` where the scores say.
-
-    A temporary LoRA adapter sits on every candidate module, and every candidate shortcut is there,
-    while the proxy runs over the batches; after that the model is bit-identical to what it was
-    (weights, buffers, modes, `requires_grad`, `.grad`, module objects, RNG states), also after an
-    error or Ctrl-C.
-
-    Where every rank would go to shortcuts, the module of the best score gets one of them: PEFT has
-    no adapter without a module.
-
-    Args:
-        model: any transformers model without an adapter, on the device to score on.
-        batches: dicts that the model takes, labels included; consumed once, all of them
-            (synflow uses only the first).
-        budget: LoRA parameters to spend, on modules and shortcuts together: one ranking of both.
-        shortcut_budget: LoRA parameters to spend on shortcuts; `budget` is then for modules alone.
-            HeteroLoRA calls these `combined` and `separated`.
-        proxy: a key of `heterolora.search.PROXIES`: "constant" (the random control), "grad-norm",
-            "snip", "synflow", "synflow-output", "spectral" or "spectral-sigma".
-        space: candidate modules, shortcuts and ranks; the default is all linears at 0, 1, 2, 4, 8,
-            16, 32, and no shortcut.
-        seed: seeds the probe adapter and dropout, and orders ties.
-        scaling: alpha/r of the probe adapter and of the resulting configuration.
-        shortcut_scaling: alpha/r of the shortcuts; None: as `scaling`. Scores of candidates with
-            unlike scales are compared per unit of scale.
-        variant: a warm-up before scoring, and how scores compete; by default neither. A warm-up
-            holds all batches in memory.
-
-    Raises:
-        ModelError: the model cannot be scored (no linears, already adapted, no loss).
-        DataError: no batches, or batches without labels.
-        SearchSpaceError: unknown proxy, candidates that match nothing, a floor above all ranks, or
-            head steps where there is no head.
-        ShortcutError: shortcuts are asked for, and the model's layers cannot be read.
-        BudgetError: the budget is too small for one adapter, or its rank above every candidate's.
-        ScoreError: the loss or a score is not finite; DegenerateScoreError: every score is zero.
-    """
-    space = space or SearchSpace()
-    variant = variant or Variant()
-    _check_proxy(proxy)
-    scale = _checked_scaling(scaling)
-    seed = _checked_seed(seed)
-    own_scale = scale if shortcut_scaling is None else _checked_scaling(shortcut_scaling)
-    sites = find_sites(model, space.target_modules)
-    shortcuts = _shortcuts(model, space)
-    candidates: list[Priced] = [*sites, *shortcuts]
-    offered = variant.offered(space.ranks)
-    pools = make_pools(sites, shortcuts, offered, budget, shortcut_budget)
-    probe_rank = rank_to_probe(proxy, space.ranks[-1])
-
-    start = time.perf_counter()
-    everywhere = _allocation(
-        model,
-        sites,
-        shortcuts,
-        scores={},
-        ranks={candidate.name: probe_rank for candidate in candidates},
-        budget_parameters=0,
-        proxy=proxy,
-        scaling=scale,
-    )
-    with preserved(model), seeded(seed), torch.enable_grad():
-        feed = Feed(batches)
-        heads = warmed_heads(model, feed, variant)
-        probe = attach(model, everywhere.lora_config)
-        if shortcuts:
-            alpha = own_scale * probe_rank
-            add_shortcuts(probe, space.shortcuts, probe_rank, alpha, space.mapping)
-        if proxy in NEEDS_NONZERO_B and not variant.train_steps:
-            draw_b(probe, seed)
-        try:
-            if proxy not in UNFUSED:
-                fuse(probe)
-            scores = scored(probe, proxy, feed, heads, variant)
-            if variant.shuffle:
-                scores = shuffled(scores, candidates, seed)
-            scales = {site.name: scale for site in sites}
-            scales.update((shortcut.name, own_scale) for shortcut in shortcuts)
-            choose = partial(
-                choose_ranks,
-                pools,
-                scores,
-                None if proxy == "constant" else scales,
-                offered,
-                equal_layers=variant.by_layer,
-            )
-            ranks = choose(seed=seed)
-            if not any(ranks[site.name] for site in sites):
-                best = max(sites, key=lambda site: scores[site.name]).name
-                ranks = choose(required={best}, seed=seed)
-            seconds = time.perf_counter() - start
-            step_seconds = timed_step(probe, feed.first())
-        finally:
-            unfuse(probe)
-    return _allocation(
-        model,
-        sites,
-        shortcuts,
-        scores={candidate.name: scores[candidate.name] for candidate in candidates},
-        ranks=ranks,
-        shortcut_scaling=own_scale,
-        mapping=space.mapping if shortcuts else None,
-        budget_parameters=sum(pool.parameters for pool in pools),
-        proxy=proxy,
-        seed=seed,
-        scaling=scale,
-        probe_rank=probe_rank,
-        variant=variant,
-        seconds=seconds,
-        step_seconds=step_seconds,
-    )
-
-
-def uniform(
-    model: nn.Module, rank: int, space: SearchSpace | None = None, *, scaling: float = 2.0
-) -> Allocation:
-    """The baseline: the same rank on every candidate module and shortcut, nothing scored.
-
-    Raises:
-        BudgetError: `rank` is not a positive integer.
-        ModelError, SearchSpaceError, ShortcutError: as `allocate`.
-    """
-    space = space or SearchSpace()
-    budget, scale = Budget(rank=rank), _checked_scaling(scaling)
-    sites = find_sites(model, space.target_modules)
-    shortcuts = _shortcuts(model, space)
-    candidates: list[Priced] = [*sites, *shortcuts]
-    return _allocation(
-        model,
-        sites,
-        shortcuts,
-        scores={candidate.name: 1.0 for candidate in candidates},
-        ranks={candidate.name: rank for candidate in candidates},
-        shortcut_scaling=scale,
-        mapping=space.mapping if shortcuts else None,
-        budget_parameters=budget.parameters(candidates),
-        proxy="uniform",
-        scaling=scale,
-    )
-
-
-def _shortcuts(model: nn.Module, space: SearchSpace) -> tuple[Candidate, ...]:
-    if not space.shortcuts:
-        return ()
-    return shortcut_candidates(model, space.shortcuts, space.mapping)
-
-
-def _allocation(
-    model: nn.Module,
-    sites: Sequence[Site],
-    shortcuts: Sequence[Candidate],
-    ranks: dict[str, int],
-    **fields: Any,
-) -> Allocation:
-    kind = task_type(model)
-    by_name = {site.name: site for site in sites}
-    return Allocation(
-        sites=by_name,
-        shortcut_candidates={shortcut.name: shortcut for shortcut in shortcuts},
-        task_type=kind,
-        # PEFT's class for a task type adds that task's heads by itself.
-        modules_to_save=() if kind else head_names(model),
-        lookalikes=tuple(
-            name
-            for name, _ in model.named_modules()
-            if name not in by_name and _endings(name) & by_name.keys()
-        ),
-        ranks={site.name: ranks[site.name] for site in sites},
-        shortcuts={shortcut.name: ranks[shortcut.name] for shortcut in shortcuts},
-        **fields,
-    )
-
-
-def _endings(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[i:]) for i in range(1, len(parts))}
-
-
 def _alpha(scaling: float, rank: int) -> int | float:
     alpha = scaling * rank
     return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _check_proxy(proxy: str) -> None:
-    if proxy not in PROXIES:
-        raise SearchSpaceError(f"unknown proxy {proxy!r}; choose one of {', '.join(PROXIES)}")
-
-
-def _checked_scaling(scaling: Any) -> float:
-    valid = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-    if not valid or not math.isfinite(scaling) or scaling <= 0:
-        raise SearchSpaceError(f"scaling={scaling!r}: expected a positive number (alpha/r)")
-    return float(scaling)
-
-
-def _checked_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise SearchSpaceError(f"seed={seed!r}: expected an integer in 0..2**32-1")
-    return seed

@@ -118,6 +118,8 @@ class DynamicSearchCallback(TrainerCallback):
             raise BudgetError(f"budget must be a Budget(rank=... or params=...), not {budget!r}")
         if not isinstance(shortcut_budget, Budget | None):
             raise BudgetError(f"shortcut_budget must be a Budget or None, not {shortcut_budget!r}")
+        if budget.step_time or (shortcut_budget is not None and shortcut_budget.step_time):
+            raise BudgetError("no dynamic search under step_time; use a budget of rank or params")
         if proxy not in PROXIES:
             raise SearchSpaceError(f"unknown proxy {proxy!r}; choose one of {', '.join(PROXIES)}")
         if not _is_number(every) or not 0 < every <= 1:

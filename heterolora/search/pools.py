@@ -15,7 +15,7 @@ from heterolora.search.budget import (
 )
 from heterolora.search.gains import Gains, by_layer, divided, rank_gains
 
-__all__ = ["Pool", "choose_ranks", "make_pools"]
+__all__ = ["Pool", "choose_ranks", "gains_of", "make_pools"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ def make_pools(
         BudgetError: a budget is not a Budget, buys nothing, or is of a rank above the largest.
         SearchSpaceError: as `heterolora.search.budget.solve`.
     """
+    budgets = [b for b in (budget, shortcut_budget) if isinstance(b, Budget)]
+    if shortcuts and any(b.step_time is not None for b in budgets):
+        raise BudgetError("step_time cannot price shortcuts; leave them out of the search space")
     if shortcut_budget is None:
         return [_pool("budget", [*sites, *shortcuts], ranks, budget)]
     if not shortcuts:
@@ -89,15 +92,35 @@ def choose_ranks(
     chosen: dict[str, int] = {}
     for pool in pools:
         names = [candidate.name for candidate in pool.candidates]
-        unlike = {} if scales is None or isinstance(scores, Gains) else scales
-        own = divided(scores, {name: unlike.get(name, 1.0) for name in names})
-        gains = rank_gains(by_layer(own) if equal_layers else own, ranks)
+        gains = gains_of(names, scores, scales, ranks, equal_layers=equal_layers)
         for name, row in zip(names, gains, strict=True):
             if name in required and ranks[0] == 0:
                 row[0] = -math.inf
         found = solve(pool.candidates, gains, ranks, pool.parameters, seed=seed)
         chosen.update(zip(names, found, strict=True))
     return chosen
+
+
+def gains_of(
+    names: Sequence[str],
+    scores: Mapping[str, float],
+    scales: Mapping[str, float] | None,
+    ranks: Sequence[int],
+    *,
+    equal_layers: bool = False,
+) -> list[list[float]]:
+    """What each rank is worth on each of these candidates, which compete with each other.
+
+    Args:
+        names: of the candidates.
+        scores, scales, ranks, equal_layers: as of `choose_ranks`.
+
+    Raises:
+        ScoreError, DegenerateScoreError: as `heterolora.search.budget.normalise`.
+    """
+    unlike = {} if scales is None or isinstance(scores, Gains) else scales
+    own = divided(scores, {name: unlike.get(name, 1.0) for name in names})
+    return rank_gains(by_layer(own) if equal_layers else own, ranks)
 
 
 def _pool(label: str, candidates: Sequence[Priced], ranks: Sequence[int], budget: Budget) -> Pool:

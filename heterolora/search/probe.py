@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
@@ -24,6 +24,7 @@ from heterolora.search.proxies import (
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from rich.progress import Progress
 
 __all__ = [
     "PROBE_B_STD",
@@ -33,6 +34,7 @@ __all__ = [
     "attach",
     "draw_b",
     "nonzero_b",
+    "progress",
     "rank_to_probe",
     "timed_step",
     "tracked",
@@ -149,17 +151,26 @@ class Feed:
 
 @contextmanager
 def tracked(items: Iterable[T], total: int | None, label: str) -> Iterator[Iterator[T]]:
-    """The items, with a bar on stderr that vanishes at the end; no bar off a terminal."""
+    """The items, with a bar as of `progress`."""
+    with progress() as bar:
+        yield iter(bar.track(items, total, description=label))
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars on stderr that vanish at the end; none off a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield iter(bar.track(items, total, description=label))
+        yield bar
 
 
-def timed_step(model: nn.Module, batch: Batch) -> float:
-    """Wall seconds of one training step (forward, backward, AdamW), after one untimed step."""
+def timed_step(
+    model: nn.Module, batch: Batch, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of one training step (forward, backward, AdamW), after one untimed step."""
     device = model_device(model)
     model.train()
     adapter = [p for pair in branch_factors(model).values() for p in pair]
@@ -167,12 +178,12 @@ def timed_step(model: nn.Module, batch: Batch) -> float:
     elapsed = 0.0
     for _ in range(2):
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         batch_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         _wait(device)
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
     return elapsed
 
 

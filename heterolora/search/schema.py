@@ -37,6 +37,8 @@ _PLAIN_KEYS = (
     "seed",
     "shortcuts",
     "step_seconds",
+    "step_time",
+    "step_time_error",
     "task_type",
 )
 _SHORTCUT_KEYS = {"mapping", "shortcut_candidates", "shortcut_scaling"}
@@ -120,13 +122,13 @@ class _Reader:
             self.fail(repr(key), "is not a key of an allocation")
         if version == 1:
             self.document |= {"mapping": None, "shortcut_candidates": {}, "shortcut_scaling": 2.0}
+            self.document |= {"step_time": None, "step_time_error": None}
             self.document["variant"] = asdict(Variant())
         sites = {name: self.site(name, entry) for name, entry in self.mapping("sites").items()}
         # JSON sorts the keys; model order cannot be recovered and nothing depends on it.
         ranks = self.per_name("ranks", sites, lambda k, v: self.integer(k, v, 0, MAX_RANK))
         if not any(ranks.values()):
             self.fail("ranks", "are all 0, so there is no adapter")
-        step = self.value("step_seconds")
         probe = self.value("probe_rank")
         given = self.mapping("shortcut_candidates", empty=True)
         candidates = {name: self.candidate(name, entry) for name, entry in given.items()}
@@ -154,7 +156,9 @@ class _Reader:
             modules_to_save=self.names("modules_to_save"),
             lookalikes=self.names("lookalikes"),
             seconds=self.number("seconds", self.value("seconds")),
-            step_seconds=None if step is None else self.number("step_seconds", step, positive=True),
+            step_seconds=self.number_or_none("step_seconds", positive=True),
+            step_time=self.number_or_none("step_time", positive=True),
+            step_time_error=self.number_or_none("step_time_error"),
         )
         parameters = self.integer("parameters", self.value("parameters"), low=1)
         if parameters != allocation.parameters:
@@ -255,6 +259,10 @@ class _Reader:
         if not math.isfinite(value) or value < 0 or (positive and value == 0):
             self.fail(key, f"is {value}; it must be finite and {'> 0' if positive else '>= 0'}")
         return float(value)
+
+    def number_or_none(self, key: str, positive: bool = False) -> float | None:
+        value = self.value(key)
+        return None if value is None else self.number(key, value, positive)
 
     def text(self, key: str, value: Any) -> str:
         if not isinstance(value, str) or not value:

@@ -23,7 +23,7 @@ Within a step memory and arithmetic overlap, between steps nothing does. An accu
 `aten` a little.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .cost_steps import (
@@ -43,11 +43,13 @@ __all__ = [
     "STEPS",
     "TRITON_HOST",
     "Estimate",
+    "Load",
     "LowRank",
     "Pass",
     "Problem",
     "Step",
     "estimate",
+    "load_of",
     "step_seconds",
 ]
 
@@ -67,6 +69,21 @@ CALL = {
 }
 
 STEPS = {"base": base_steps, "peft": peft_steps, "aten": aten_steps, "triton": triton_steps}
+
+
+@dataclass(frozen=True)
+class Load:
+    """Seconds of work on the device and of launching it on the host, which overlap."""
+
+    device: float = 0.0
+    host: float = 0.0
+
+    def __add__(self, other: "Load") -> "Load":
+        return Load(self.device + other.device, self.host + other.host)
+
+    @property
+    def seconds(self) -> float:
+        return max(self.device, self.host)
 
 
 @dataclass(frozen=True)
@@ -159,6 +176,16 @@ def estimate(problem: Problem, device: Device) -> dict[str, Estimate]:
         ]
         found[name] = Estimate(name, *passes)
     return found
+
+
+def load_of(steps: Iterable[Step], device: Device) -> Load:
+    """Of steps one after the other, gaps included, without the Python between them."""
+    seconds, launches = 0.0, 0
+    for step in steps:
+        by_bytes, by_flops, gap = step_seconds(step, device)
+        seconds += max(by_bytes, by_flops) + gap
+        launches += step.launches
+    return Load(seconds, device.host * launches)
 
 
 def step_seconds(step: Step, device: Device) -> tuple[float, float, float]:

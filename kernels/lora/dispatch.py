@@ -21,7 +21,16 @@ from .devices import CPU, Device, cpu_name, device_for
 from .layout import Branch, Site
 from .measured import MeasuredPath, Tuned, shipped_for
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "advice", "choose", "decide", "quickest", "triton_reason"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "advice",
+    "choose",
+    "decide",
+    "known",
+    "quickest",
+    "triton_reason",
+]
 
 IMPLEMENTATIONS = ("auto", "aten", "triton")
 
@@ -224,12 +233,12 @@ def _cached(
 ) -> Choice:
     low_rank = tuple(LowRank(*branch) for branch in branches)
     problem = Problem(m, columns, sites, low_rank, itemsize, factor_itemsize)
-    tuned, ceilings = _known(device)
+    tuned, ceilings = known(device)
     return decide(problem, ceilings, tuned, among, captured=captured)
 
 
-def _known(device: torch.device) -> tuple[Tuned | None, Device]:
-    """What was measured on a device that is here, and its ceilings."""
+def known(device: torch.device) -> tuple[Tuned | None, Device]:
+    """What was measured on a device that is here, and the ceilings that :func:`decide` takes."""
     if device.type != "cuda":
         return shipped_for(cpu_name()), CPU
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)

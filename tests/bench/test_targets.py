@@ -14,7 +14,7 @@ from heterolora.bench.measures import read_folder
 from heterolora.bench.readme import update
 from heterolora.bench.record import BenchRun
 from heterolora.bench.targets import NOT_MEASURED, TARGETS, targets_table
-from heterolora.kernels.cost import LowRank, Problem, estimate
+from heterolora.kernels.cost import LowRank, Problem, estimate, load_of
 from heterolora.kernels.cost_steps import peft_steps
 from heterolora.kernels.devices import Device, device_for
 
@@ -118,8 +118,8 @@ def test_floors_are_those_of_the_reference_arithmetic():
     """One pass of x more and 1.5 r (k + n) / (k n) more FLOPs: 1.04 and 1.08 of the frozen time."""
     for d, expected in ((4096, 1.04), (2048, 1.08)):
         problem = Problem(8192, (d,), (d,), (LowRank(16),))
-        frozen = predict.seconds_of(predict.ideal_steps(dataclasses.replace(problem, branches=())),
-                                    SUSTAINED)  # fmt: skip
+        base = predict.ideal_steps(dataclasses.replace(problem, branches=()))
+        frozen = load_of(base, SUSTAINED).device
         assert frozen == pytest.approx(4 * 8192 * d * d / 700e12)
         ideal = predict.group_seconds(problem, SUSTAINED, "ideal").device
         assert ideal / frozen == pytest.approx(expected, abs=0.006)

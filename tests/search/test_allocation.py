@@ -265,6 +265,8 @@ def drop(key):
         (entry("variant", "shuffle", 1), "variant shuffle=1: expected True or False"),
         (entry("seconds", None), "seconds must be a number"),
         (entry("step_seconds", 0), "step_seconds is 0"),
+        (entry("step_time", 0), "step_time is 0"),
+        (entry("step_time_error", "little"), "step_time_error must be a number"),
     ],
 )
 def test_malformed_files_name_the_key(tmp_path, change, message):

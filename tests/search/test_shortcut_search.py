@@ -106,7 +106,10 @@ def test_a_file_of_the_first_version_has_none(tmp_path):
     found = uniform(opt(), 2)
     found.save(path)
     document = json.loads(path.read_text())
-    for key in ("mapping", "shortcut_candidates", "shortcut_scaling"):
+    for key in (
+        *("mapping", "shortcut_candidates", "shortcut_scaling"),
+        *("step_time", "step_time_error", "variant"),
+    ):
         del document[key]
     document["schema_version"] = 1
     path.write_text(json.dumps(document))
