@@ -2,15 +2,16 @@
 
 An arm is a line in `ARMS`: a name, the family it shares a learning rate with, what it is, and a
 function from a `Setting` to an `Adapted` model. One that scores with `heterolora.allocate` needs no
-function of its own: ``Arm("name", "uniform", "...", allocated("proxy", ranks=...))``.
+function of its own: ``Arm("name", "uniform", "...", allocated("proxy", floor=1))``.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from heterolora.bench.evidence import outside
 from heterolora.bench.evidence.setting import Adapted, Setting, onto
@@ -18,14 +19,19 @@ from heterolora.search import (
     Allocation,
     Budget,
     DynamicSearchCallback,
+    Variant,
     allocate,
     uniform,
 )
+from heterolora.shortcuts import KINDS, shortcut_candidates
 
-__all__ = ["ARMS", "Arm", "allocated", "families", "shuffled"]
+__all__ = ["ARMS", "Arm", "allocated", "families"]
 
 # The paper's form: a module has four times the average rank or none, so a quarter of them is on.
 ON_OFF = 4
+
+# Steps of the head before spectral scores are taken.
+WARM = 70
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,34 @@ class Arm:
 
 
 def allocated(
-    proxy: str, *, on_off: bool = False, ranks: Sequence[int] | None = None, **options: Any
+    proxy: str,
+    *,
+    on_off: bool = False,
+    shortcuts: bool = False,
+    step_time: float | None = None,
+    **variant: Any,
 ) -> Callable[[Setting], Adapted]:
     """Builds a model with the ranks of `heterolora.allocate`.
 
     Args:
         proxy: as of `allocate`.
         on_off: a module has `ON_OFF` times the average rank or none.
-        ranks: what a module may have; by default that of `SearchSpace`.
-        options: further arguments of `allocate`.
+        shortcuts: they compete for the budget, which stays that of the modules.
+        step_time: a budget of time beside that of parameters, fitted to measured steps.
+        variant: fields of `heterolora.Variant`.
     """
 
     def build(setting: Setting) -> Adapted:
-        chosen = (0, ON_OFF * setting.rank) if on_off else ranks
-        return onto(setting, _search(setting, proxy, chosen, **options))
+        budget = Budget(rank=setting.rank)
+        if step_time is not None:
+            budget = Budget(rank=setting.rank, step_time=step_time, measured=True)
+        if shortcuts:
+            plain = uniform(setting.model, setting.rank, setting.space)
+            budget = Budget(params=plain.parameters)
+            setting = replace(setting, space=replace(setting.space, shortcuts=KINDS))
+        ranks = (0, ON_OFF * setting.rank) if on_off else None
+        found = _search(setting, proxy, ranks, budget, variant=Variant(**variant))
+        return onto(setting, found)
 
     return build
 
@@ -66,46 +86,26 @@ def allocated(
 def _search(
     setting: Setting,
     proxy: str,
-    ranks: Sequence[int] | None = None,
-    budget: Budget | None = None,
+    ranks: Sequence[int] | None,
+    budget: Budget,
     **options: Any,
 ) -> Allocation:
     space = setting.space if ranks is None else replace(setting.space, ranks=tuple(ranks))
-    return allocate(
-        setting.model,
-        setting.batches(),
-        budget=budget or Budget(rank=setting.rank),
-        proxy=proxy,
-        space=space,
-        seed=setting.seed,
-        **options,
-    )
+    device = next(setting.model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=setting.bf16):
+        return allocate(
+            setting.model,
+            setting.batches(),
+            budget=budget,
+            proxy=proxy,
+            space=space,
+            seed=setting.seed,
+            **options,
+        )
 
 
 def _uniform(setting: Setting) -> Adapted:
     return onto(setting, uniform(setting.model, setting.rank, setting.space))
-
-
-def shuffled(proxy: str, **options: Any) -> Callable[[Setting], Adapted]:
-    """Builds a model with the ranks of `allocated`, dealt anew among modules of equal cost.
-
-    So the parameters, the ranks and the share of each kind of module stay, and what is lost is only
-    which of them the proxy preferred.
-    """
-
-    def build(setting: Setting) -> Adapted:
-        found = _search(setting, proxy, **options)
-        draw = random.Random(setting.seed)
-        ranks = dict(found.ranks)
-        for cost in {site.unit_cost for site in found.sites.values()}:
-            names = [name for name, site in found.sites.items() if site.unit_cost == cost]
-            dealt = draw.sample(names, len(names))
-            ranks.update(
-                {name: found.ranks[other] for name, other in zip(names, dealt, strict=True)}
-            )
-        return onto(setting, replace(found, ranks=ranks))
-
-    return build
 
 
 def _dynamic(proxy: str) -> Callable[[Setting], Adapted]:
@@ -141,18 +141,12 @@ def _dynamic(proxy: str) -> Callable[[Setting], Adapted]:
 
 def _shortcuts(setting: Setting) -> Adapted:
     """LoRA of the given rank everywhere, and every shortcut at that rank and scale too."""
-    from heterolora.shortcuts import add_shortcuts
-
-    adapted = _uniform(setting)
-    names = add_shortcuts(adapted.model, rank=setting.rank, alpha=2 * setting.rank)
-    adapted.notes["shortcuts"] = len(names)
-    return adapted
+    space = replace(setting.space, shortcuts=KINDS)
+    return onto(setting, uniform(setting.model, setting.rank, space))
 
 
 def _higher(setting: Setting) -> Adapted:
     """LoRA at the parameters of `shortcuts-all`: two neighbouring ranks, the modules at random."""
-    from heterolora.shortcuts import shortcut_candidates
-
     plain = uniform(setting.model, setting.rank, setting.space)
     more = sum(candidate.unit_cost for candidate in shortcut_candidates(setting.model))
     budget = plain.parameters + setting.rank * more
@@ -165,14 +159,13 @@ ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("uniform", "uniform", "the same rank everywhere", _uniform),
-        Arm("random", "uniform", "all scores 1: sizes and seed decide", allocated("constant")),
+        Arm("random", "uniform", "ranks of equal scores", allocated("constant")),
         Arm(
             "random-onoff",
             "on-off",
             "a random quarter of the modules at four times the rank",
             allocated("constant", on_off=True),
         ),
-        Arm("shuffled", "uniform", "grad-norm's ranks, dealt anew", shuffled("grad-norm")),
         Arm("grad-norm", "uniform", "ranks by gradient norm", allocated("grad-norm")),
         Arm(
             "grad-norm-onoff",
@@ -180,8 +173,51 @@ ARMS: dict[str, Arm] = {
             "HeteroLoRA's form: the top quarter by gradient norm",
             allocated("grad-norm", on_off=True),
         ),
+        Arm(
+            "grad-norm-layers",
+            "uniform",
+            "gradient norm, every layer's total the same",
+            allocated("grad-norm", by_layer=True),
+        ),
         Arm("snip", "uniform", "ranks by SNIP", allocated("snip")),
-        Arm("synflow", "uniform", "ranks by SynFlow", allocated("synflow")),
+        Arm("synflow", "uniform", "ranks by SynFlow of the loss", allocated("synflow")),
+        Arm(
+            "synflow-output",
+            "uniform",
+            "ranks by SynFlow of the summed output",
+            allocated("synflow-output"),
+        ),
+        Arm("spectral", "uniform", "ranks by spectral gain", allocated("spectral")),
+        Arm(
+            "spectral-warm",
+            "uniform",
+            "spectral gain after 70 steps of the head",
+            allocated("spectral", head_steps=WARM),
+        ),
+        Arm(
+            "spectral-warm-floor",
+            "uniform",
+            "the same, and rank 1 at least",
+            allocated("spectral", head_steps=WARM, floor=1),
+        ),
+        Arm(
+            "sigma-warm-floor",
+            "uniform",
+            "the same by sigma in place of its square",
+            allocated("spectral-sigma", head_steps=WARM, floor=1),
+        ),
+        Arm(
+            "spectral-trained",
+            "uniform",
+            "spectral gain, the mean over 40 training steps",
+            allocated("spectral", train_steps=40),
+        ),
+        Arm(
+            "shuffled",
+            "uniform",
+            "spectral-warm's scores dealt out anew",
+            allocated("spectral", head_steps=WARM, shuffle=True),
+        ),
         Arm("eva", "eva", "PEFT's EVA, rho 2", outside.eva),
         Arm("adalora", "adalora", "PEFT's AdaLoRA, from twice the rank", outside.adalora),
         Arm(
@@ -190,8 +226,32 @@ ARMS: dict[str, Arm] = {
             "HeteroLoRA's dynamic form, by gradient norm",
             _dynamic("grad-norm"),
         ),
+        Arm(
+            "dynamic-spectral",
+            "dynamic",
+            "the same by spectral gain",
+            _dynamic("spectral"),
+        ),
         Arm("shortcuts-all", "shortcuts", "uniform, and all four kinds of shortcut", _shortcuts),
         Arm("lora-higher", "uniform", "LoRA at the parameters of shortcuts-all", _higher),
+        Arm(
+            "shortcuts-searched",
+            "shortcuts",
+            "modules and shortcuts by gradient norm, at uniform's parameters",
+            allocated("grad-norm", shortcuts=True),
+        ),
+        Arm(
+            "time-grad-norm",
+            "uniform",
+            "gradient norm within 0.6 of uniform's step",
+            allocated("grad-norm", step_time=0.6),
+        ),
+        Arm(
+            "time-spectral-warm",
+            "uniform",
+            "spectral-warm within 0.6 of uniform's step",
+            allocated("spectral", step_time=0.6, head_steps=WARM),
+        ),
     )
 }
 

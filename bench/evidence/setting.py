@@ -31,6 +31,7 @@ class Setting:
         steps: optimizer steps of the training to come.
         space: the candidates, and the ranks that an allocation chooses from.
         scoring_batches: how many batches a search sees.
+        bf16: whether training, and so the search, runs under bf16 autocast.
         draw: see `batches`.
     """
 
@@ -40,6 +41,7 @@ class Setting:
     steps: int
     space: SearchSpace
     scoring_batches: int
+    bf16: bool
     draw: Callable[[int], list[dict[str, Any]]]
 
     def batches(self, count: int | None = None) -> list[dict[str, Any]]:
@@ -53,7 +55,7 @@ class Adapted:
 
     Attributes:
         model: a PeftModel, not fused.
-        ranks: {module name: rank} at the start.
+        ranks: {name of a module or shortcut: rank} at the start.
         fused: train it through `FuseCallback`.
         callbacks: further callbacks of the Trainer.
         search_seconds: wall time of the search before training.
@@ -76,7 +78,9 @@ def onto(setting: Setting, allocation: Allocation) -> Adapted:
     model = adapt(setting.model, allocation)
     # Trainer's callback fuses it, and finds the groups with a batch of the training rows.
     unfuse(model)
-    return Adapted(model, dict(allocation.ranks), search_seconds=allocation.seconds)
+    ranks = {**allocation.ranks, **allocation.shortcuts}
+    notes = {} if allocation.step_time is None else {"predicted_step": allocation.step_time}
+    return Adapted(model, ranks, search_seconds=allocation.seconds, notes=notes)
 
 
 def adapter_parameters(model: nn.Module) -> int:

@@ -75,6 +75,7 @@ class Trials:
             steps=steps,
             space=SearchSpace(target_modules=task.targets),
             scoring_batches=recipe.scoring_batches,
+            bf16=recipe.bf16,
             draw=draw,
         )
         torch.manual_seed(run.seed)
