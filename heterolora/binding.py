@@ -83,11 +83,13 @@ class Member:
             reason = self.unfit
         if not compiling and reason is not None and reason != SWITCHED_OFF:
             self.fusion.warn_once(reason)
-        return self._unfused(x, *args, **kwargs)
+        fresh = reason == SWITCHED_OFF and not observed(self.layer.base_layer)
+        return self._unfused(x, *args, fresh=fresh, **kwargs)
 
-    def _unfused(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _unfused(self, x: Tensor, *args: Any, fresh: bool = False, **kwargs: Any) -> Any:
         y = type(self.layer).forward(self.layer, x, *args, **kwargs)
-        return y if self.shortcuts is None else self.shortcuts.add(y, in_place=False)
+        fresh = fresh and output_reason(self.layer, x, y) is None
+        return y if self.shortcuts is None else self.shortcuts.add(y, in_place=fresh)
 
     def reason(self, x: Tensor) -> str | None:
         return (
@@ -393,7 +395,6 @@ def _state(x: Tensor) -> tuple[Any, ...]:
     """What besides the object itself must be unchanged for a waiting output to be the right one."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    # A compiler cannot guard on a version. It traces the code in which the group was found, where x
-    # did not change between the siblings.
+    # A compiler cannot guard on it, and traces code in which x did not change between siblings.
     version = 0 if torch.compiler.is_compiling() else x._version
     return version, torch.is_grad_enabled(), autocast

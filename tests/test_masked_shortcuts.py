@@ -83,7 +83,7 @@ def test_logits_and_gradients_are_those_of_smaller_shortcuts(fused, targets):
         heterolora.fuse(model, backend="aten")
     with CountOps() as ops:
         logits, grads = step(model, batch)
-    assert (ops.forward + ops.counts["heterolora::low_rank_add"] > 0) == fused
+    assert (ops.forward + ops.counts["heterolora::low_rank_add_"] > 0) == fused
     # Rounding of float64 through three layers.
     assert error(logits, expected) < 1e-13
     smaller = {s.name: key for key, s in _named(twin)}
@@ -159,9 +159,34 @@ def test_a_shortcut_that_is_off_is_no_branch_and_asks_for_no_source(fused, targe
     with CountOps() as ops:
         logits = model(**batch).logits
     assert not asked and (ops.forward > 0) == fused
-    assert ops.counts["heterolora::low_rank_add"] == 0
+    assert ops.counts["heterolora::low_rank_add_"] == 0
     heterolora.remove_shortcuts(model)
     assert torch.equal(logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["alone", "watched"])
+def test_shortcuts_run_as_one_op_where_the_projection_has_no_lora_now(watched):
+    model, masks, ranks = masked()
+    model.double()
+    masks.apply({name: 0 if name in masks.layers else 3 for name in ranks})
+    batch = batch_for(model)
+    expected, wanted = step(model, batch)
+    projections = {name.partition(":")[0] for name in masks.shortcuts}
+    seen = []
+    if watched:
+        base = model.get_base_model()
+        for name in projections:
+            hook = lambda module, args, output: seen.append((output, output.clone()))  # noqa: E731
+            base.get_submodule(name).base_layer.register_forward_hook(hook)
+    heterolora.fuse(model, backend="aten")
+    with CountOps() as ops:
+        logits, grads = step(model, batch)
+    assert ops.counts["heterolora::low_rank_add_"] == (0 if watched else len(projections))
+    assert len(seen) == (len(projections) if watched else 0)
+    assert all(torch.equal(output, copy) for output, copy in seen)
+    assert error(logits, expected) < 1e-13
+    assert grads.keys() == wanted.keys()
+    assert all(error(grads[key], wanted[key]) < 1e-12 for key in wanted)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
