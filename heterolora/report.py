@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curves_figure", "rank_map_figure", "scores_figure", "write_html"]
+__all__ = ["Grid", "curves_figure", "layer_grid", "rank_map_figure", "scores_figure", "write_html"]
 
 # Okabe and Ito, "Color Universal Design": told apart by colour-blind readers, on light and on dark.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -182,7 +182,7 @@ def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
     """Module names laid out as kind x layer; `cells` holds the name at (kind, layer)."""
 
     kinds: list[str]
@@ -190,7 +190,7 @@ class _Grid:
     cells: dict[tuple[str, int | None], str]
 
 
-def _grid(names: Iterable[str]) -> _Grid:
+def layer_grid(names: Iterable[str]) -> Grid:
     """The layer is the first number in a dotted name, the kind is the rest; parts that all kinds
     share are left out.
     """
@@ -208,7 +208,7 @@ def _grid(names: Iterable[str]) -> _Grid:
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     layers = {layer for _, layer in cells}
     numbers: list[int | None] = [*sorted(layer for layer in layers if layer is not None)]
-    return _Grid(kinds, numbers + ([None] if None in layers else []), cells)
+    return Grid(kinds, numbers + ([None] if None in layers else []), cells)
 
 
 def rank_map_figure(ranks: Mapping[str, int]) -> "Figure":
@@ -224,7 +224,7 @@ def rank_map_figure(ranks: Mapping[str, int]) -> "Figure":
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    grid = _grid(ranks)
+    grid = layer_grid(ranks)
     columns, rows = len(grid.layers), len(grid.kinds)
     cell = 0.42 if columns <= 24 else 0.42 * 24 / columns
     figure, axes = _figure(2.4 + cell * columns, 0.7 + 0.34 * rows)
@@ -258,7 +258,7 @@ def scores_figure(scores: Mapping[str, float]) -> "Figure":
     best = sorted(scores, key=lambda name: -scores[name])[:_MOST_BARS]
     figure, axes = _figure(7.0, 0.6 + 0.22 * len(best))
     axes.barh(range(len(best)), [scores[name] for name in best], color=_COLOURS[0])
-    places = {name: place for place, name in _grid(scores).cells.items()}
+    places = {name: place for place, name in layer_grid(scores).cells.items()}
     labels = [
         kind if layer is None else f"layer {layer} {kind}"
         for kind, layer in (places[name] for name in best)

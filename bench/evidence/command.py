@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from heterolora.bench.evidence.config import Config, Run
     from heterolora.bench.evidence.store import Store
 
-__all__ = ["add_arguments", "given", "run"]
+__all__ = ["BEGIN", "END", "add_arguments", "given", "run", "updated"]
+
+BEGIN, END = "<!-- evidence -->", "<!-- /evidence -->"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", type=Path, metavar="DIR", help="print the table of a folder of results"
     )
     group.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="with --report: write the table here"
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help=f"with --report: write the table here, between {BEGIN} and {END} if the file has them",
     )
 
 
@@ -238,15 +243,30 @@ def _report(args: argparse.Namespace) -> int:
     from heterolora.bench.evidence.table import markdown
     from heterolora.bench.harness import BenchError
 
-    text = markdown(Store(args.report).tests())
+    entries = list(Store(args.report).tests())
+    text = markdown(entries)
+    if args.png is not None:
+        from heterolora.bench.evidence.pictures import write_pngs
+
+        for path in write_pngs(entries, args.png):
+            _say(f"wrote {path}")
     if args.markdown is None:
-        print(text, end="")
+        if args.png is None:
+            print(text, end="")
         return 0
     try:
-        args.markdown.write_text(text, encoding="utf-8")
+        page = args.markdown.read_text(encoding="utf-8") if args.markdown.exists() else ""
+        args.markdown.write_text(updated(page, text), encoding="utf-8")
     except OSError as error:
         raise BenchError(f"{args.markdown}: cannot be written ({error.strerror})") from error
     return 0
+
+
+def updated(page: str, table: str) -> str:
+    """A page with its block written anew, or the table alone where it has none."""
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    return f"{head}{begin}\n\n{table}\n{end}{tail}" if begin and end else table
 
 
 def _say(text: str) -> None:

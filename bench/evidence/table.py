@@ -17,7 +17,7 @@ from heterolora.bench.evidence.statistics import (
 )
 from heterolora.bench.harness import BenchError
 
-__all__ = ["BASELINE", "markdown"]
+__all__ = ["BASELINE", "differences", "grouped", "markdown"]
 
 BASELINE = "uniform"
 
@@ -47,25 +47,17 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
     Raises:
         BenchError: there is nothing to report, or an arm has two results for one seed.
     """
-    groups: dict[tuple[str, int], dict[str, Entries]] = defaultdict(lambda: defaultdict(list))
-    for entry in entries:
-        run = entry["run"]
-        groups[run["task"], run["rank"]][run["arm"]].append(dict(entry))
-    if not groups:
-        raise BenchError("no result to report yet")
     compared = beyond = 0
     lines = []
-    for (task, rank), arms in sorted(groups.items()):
+    for (task, rank), arms in grouped(entries).items():
         metric = _metric(arms)
-        _check_single(arms, task, rank)
         lines += [f"## {task}, the parameters of uniform rank {rank}", ""]
         lines.append(_row(column.format(metric=metric) for column in _HEADER))
         lines.append(_row(["---"] + ["---:"] * (len(_HEADER) - 1)))
-        order = [*(arm for arm in ARMS if arm in arms), *(arm for arm in arms if arm not in ARMS)]
-        for arm in order:
-            cells, differences = _cells(arm, arms, metric)
-            lines.append(_row(cells))
-            judged = [d for d in differences if d is not None and d.low is not None]
+        for arm in arms:
+            found = differences(arm, arms)
+            lines.append(_row(_cells(arm, arms[arm], metric, found)))
+            judged = [d for d in found.values() if d is not None and d.low is not None]
             compared += len(judged)
             beyond += sum(d.beyond_noise for d in judged)
         lines.append("")
@@ -83,10 +75,48 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def grouped(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, Entries]]:
+    """{(task, budget): {arm: its results}}, arms in the order of `ARMS`.
+
+    Raises:
+        BenchError: as `markdown`.
+    """
+    groups: dict[tuple[str, int], dict[str, Entries]] = defaultdict(lambda: defaultdict(list))
+    for entry in entries:
+        run = entry["run"]
+        groups[run["task"], run["rank"]][run["arm"]].append(dict(entry))
+    if not groups:
+        raise BenchError("no result to report yet")
+    for (task, rank), arms in groups.items():
+        _check_single(arms, task, rank)
+    order = list(ARMS)
+    return {
+        key: dict(sorted(arms.items(), key=lambda arm: (order + [arm[0]]).index(arm[0])))
+        for key, arms in sorted(groups.items())
+    }
+
+
+def differences(arm: str, arms: Mapping[str, Entries]) -> dict[str, Difference | None]:
+    """Of "loss" (nats, or squared error) and of the metric (per cent): the arm less uniform; None
+    for uniform itself, or without a common seed.
+    """
+    if arm == BASELINE:
+        return {"loss": None, _metric(arms): None}
+    plain = arms.get(BASELINE, [])
+    return {
+        key: paired_difference(_by_seed(arms[arm], key, unit), _by_seed(plain, key, unit))
+        for key, unit, _ in _measured(_metric(arms))
+    }
+
+
+def _measured(metric: str) -> list[tuple[str, float, int]]:
+    """(key, factor, digits) of what is compared."""
+    return [("loss", 1.0, 4), (metric, 100.0, 2)]
+
+
 def _cells(
-    arm: str, arms: Mapping[str, Entries], metric: str
-) -> tuple[list[str], list[Difference | None]]:
-    entries = arms[arm]
+    arm: str, entries: Entries, metric: str, found: Mapping[str, Difference | None]
+) -> list[str]:
     good = [entry for entry in entries if not entry["result"]["diverged"]]
     seeds = str(len(good)) + (f" of {len(entries)}" if len(good) < len(entries) else "")
     rates = sorted({entry["run"]["learning_rate"] for entry in entries})
@@ -95,16 +125,11 @@ def _cells(
     timed = [seconds for seconds in steps if seconds is not None]
     searched = fmean(entry["result"]["search_seconds"] for entry in entries)
     tail = [f"{fmean(timed):.3f}" if timed else "", f"{searched:.1f}" if searched else ""]
-    middle, differences = [], []
-    for key, unit, digits in (("loss", 1.0, 4), (metric, 100.0, 2)):
-        own = _by_seed(entries, key, unit)
-        middle.append(_spread(list(own.values()), digits))
-        difference = None
-        if arm != BASELINE:
-            difference = paired_difference(own, _by_seed(arms.get(BASELINE, []), key, unit))
-        middle.append(_difference(difference, digits))
-        differences.append(difference)
-    return [*head, *middle, *tail], differences
+    middle = []
+    for key, unit, digits in _measured(metric):
+        middle.append(_spread(list(_by_seed(entries, key, unit).values()), digits))
+        middle.append(_difference(found[key], digits))
+    return [*head, *middle, *tail]
 
 
 def _by_seed(entries: Entries, key: str, unit: float) -> dict[int, float]:

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from evidence_runs import entry
 
+from heterolora.bench.evidence.arms import ARMS
+from heterolora.bench.evidence.command import BEGIN, END, updated
+from heterolora.bench.evidence.pictures import _differences, _ranks, write_pngs
 from heterolora.bench.evidence.statistics import FEWEST, paired_difference, spread
-from heterolora.bench.evidence.table import markdown
+from heterolora.bench.evidence.table import grouped, markdown
 from heterolora.bench.harness import BenchError
 
 
@@ -92,3 +95,33 @@ def test_table_refuses_two_results_for_one_seed():
         markdown([entry("uniform", 0, 1.0), entry("uniform", 0, 2.0)])
     with pytest.raises(BenchError, match="no result"):
         markdown([])
+
+
+def test_a_page_keeps_its_text_around_the_table():
+    page = f"# Page\n\n{BEGIN}\nold\n{END}\nend\n"
+    assert updated(page, "| new |\n") == f"# Page\n\n{BEGIN}\n\n| new |\n\n{END}\nend\n"
+    assert updated("", "| new |\n") == "| new |\n"
+
+
+def test_pictures_of_differences_and_ranks(tmp_path):
+    names = [
+        f"encoder.layer.{i}.attention.self.{part}" for i in range(3) for part in ("key", "query")
+    ]
+    ranks = {arm: {name: k + i for i, name in enumerate(names)} for k, arm in enumerate(ARMS)}
+    entries = [
+        entry(arm, seed, 1.0 + 0.1 * k * (-1) ** seed, 0.8, ranks=ranks[arm])
+        for seed in range(5)
+        for k, arm in enumerate(["uniform", "grad-norm", "spectral"])
+    ]
+    found = write_pngs(entries, tmp_path / "pictures")
+    assert [path.name for path in found] == ["sick-rank2-differences.png", "sick-rank2-ranks.png"]
+    (figure,) = [_differences("sick", arms) for arms in grouped(entries).values()]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["grad-norm", "spectral"]
+    # A mean of -0.02 between the ends of its interval.
+    line = figure.axes[0].lines[1]
+    assert list(line.get_xdata()) == pytest.approx([0.02])
+    texts = [text.get_text() for text in _ranks(grouped(entries)["sick", 2]).axes[0].texts]
+    assert sorted(map(float, texts)) == sorted(map(float, ranks["uniform"].values()))
+    with pytest.raises(BenchError, match="cannot be written"):
+        write_pngs(entries, tmp_path / "pictures" / found[0].name / "below")
