@@ -6,7 +6,7 @@ Results go to stdout, progress and errors to stderr. Exit status: 0 done, 2 a mi
 
 import argparse
 import logging
-import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(arguments)
     args = parser.parse_args(arguments)
+    args.line = shlex.join(["heterolora", *arguments])
     if args.command is None:
         parser.print_help()
         return 2
@@ -67,8 +68,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _search(args: argparse.Namespace) -> int:
+    from heterolora.figures import check_drawing
+    from heterolora.report import rank_table, write_search_html
     from heterolora.search import Budget, SearchSpace, Variant, allocate
 
+    if args.report is not None:
+        check_drawing()
     params = args.budget_params
     budget = Budget(
         rank=args.budget_rank if params is None else None,
@@ -108,6 +113,9 @@ def _search(args: argparse.Namespace) -> int:
         variant=variant,
     )
     allocation.save(args.out)
+    if args.report is not None:
+        about = {"model": args.model, "data": args.data, "heterolora": heterolora.__version__}
+        write_search_html(allocation, args.report, command=args.line, about=about)
     result = {
         "model": args.model,
         "data": args.data,
@@ -138,7 +146,7 @@ def _search(args: argparse.Namespace) -> int:
         args,
         result,
         [
-            _rank_table({**allocation.ranks, **allocation.shortcuts}),
+            rank_table({**allocation.ranks, **allocation.shortcuts}),
             *lines,
             f"wrote {args.out}; train it with: heterolora train --allocation {args.out} "
             "and the same options for model and data",
@@ -340,28 +348,6 @@ def _emit(args: argparse.Namespace, result: Any, lines: Sequence[Any]) -> None:
         console.print(line)
     if target is not None:
         options.write_json(target, result)
-
-
-def _rank_table(ranks: dict[str, int]) -> Any:
-    """Ranks as a table of layer by module or shortcut; the rest has a row of its own."""
-    from rich.table import Table
-
-    cells: dict[str, dict[str, int]] = {}
-    columns: dict[str, None] = {}
-    for name, rank in ranks.items():
-        match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-        layer, column = (match.group(1), match.group(2)) if match else ("-", name)
-        # Of a shortcut its kind, which says where it ends.
-        column = column.rpartition(":")[2]
-        cells.setdefault(layer, {})[column] = rank
-        columns[column] = None
-    table = Table(title="rank by layer and module")
-    table.add_column("layer", justify="right")
-    for column in columns:
-        table.add_column(re.sub(r"([.-])", r"\1\n", column), justify="right")
-    for layer, row in cells.items():
-        table.add_row(layer, *(str(row.get(column, "")) for column in columns))
-    return table
 
 
 @contextmanager

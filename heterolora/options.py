@@ -156,6 +156,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--batches", type=int, default=8, help="batches to score with")
     search.add_argument("--batch-size", type=int, default=32, help="rows a batch")
     search.add_argument("--out", default="allocation.json", help="where the allocation goes")
+    search.add_argument(
+        "--report", type=Path, metavar="FILE", help="also write a page of ranks and scores (HTML)"
+    )
     add_json(parser)
 
 

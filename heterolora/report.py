@@ -1,29 +1,23 @@
-"""One self-contained HTML page from the results of a search and the training runs that followed.
+"""Self-contained HTML pages: of a search, and of a search and the training runs that followed; and
+what a search says on a terminal.
 
-Nothing on the page is fetched: styles and pictures are inside the file. Pictures take the text
-colour of the page, so one file serves light and dark settings.
+Nothing on a page is fetched: styles and pictures are inside the file.
 """
 
-import io
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heterolora.errors import HeteroLoraError
+from heterolora.figures import MOST_BARS, curves_figure, picture, rank_map_figure, scores_figure
+
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from heterolora.search import Allocation
 
-__all__ = ["Grid", "curves_figure", "layer_grid", "rank_map_figure", "scores_figure", "write_html"]
-
-# Okabe and Ito, "Color Universal Design": told apart by colour-blind readers, on light and on dark.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-# Drawn where the page's own text colour belongs; replaced by `currentColor` in the SVG.
-_TEXT = "#010203"
-_MOST_BARS = 24
+__all__ = ["rank_table", "write_html", "write_search_html"]
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -70,13 +64,63 @@ def write_html(results: Mapping[str, Any], path: Path) -> None:
             _provenance(results),
         ]
     )
-    path.write_text(
+    _write_page(path, results["title"], body)
+
+
+def write_search_html(
+    allocation: "Allocation", path: Path, *, command: str, about: Mapping[str, str]
+) -> None:
+    """Writes a page of where a search put the ranks, and by which scores.
+
+    Args:
+        command: what repeats the search.
+        about: further lines for the foot, by label: model, data, versions.
+
+    Raises:
+        HeteroLoraError: the file cannot be written.
+    """
+    everything = {**allocation.ranks, **allocation.shortcuts}
+    used = sum(map(bool, everything.values()))
+    sentences = [
+        f"{used} of {len(everything)} candidates have an adapter, of ranks up to "
+        f"{max(everything.values())}.",
+        f"{allocation.parameters:,} of {allocation.budget_parameters:,} parameters are spent.",
+        f"Scored with {allocation.proxy} in {allocation.seconds:.1f} s"
+        + (f", as much as {allocation.ratio:.1f} training steps." if allocation.ratio else "."),
+    ]
+    if allocation.step_time is not None:
+        sentences.append(
+            f"A training step is predicted to take {allocation.step_time:.2f} of uniform LoRA's."
+        )
+    title = "heterolora: where the ranks went"
+    shown = "" if len(allocation.scores) <= MOST_BARS else f" The {MOST_BARS} highest."
+    listing = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in about.items())
+    body = "\n".join(
+        [
+            _summary({"title": title, "summary": sentences}),
+            "<h2>Rank of each module and shortcut</h2>",
+            picture(rank_map_figure(everything), "Rank of each module and shortcut"),
+            '<p class="note">0: no adapter. Empty: no such module in this layer.</p>',
+            f"<h2>Scores ({escape(allocation.proxy)})</h2>",
+            picture(scores_figure(allocation.scores), "Scores"),
+            f'<p class="note">As the proxy gave them.{shown}</p>',
+            f"<h2>To repeat this</h2>\n<pre>{escape(command)}</pre>\n<dl>{listing}</dl>",
+        ]
+    )
+    _write_page(path, title, body)
+
+
+def _write_page(path: Path, title: str, body: str) -> None:
+    page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(results['title'])}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n",
-        encoding="utf-8",
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
     )
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise HeteroLoraError(f"cannot write the report to {path}: {error.strerror}") from error
 
 
 def _summary(results: Mapping[str, Any]) -> str:
@@ -113,7 +157,7 @@ def _rank_maps(arms: Sequence[Mapping[str, Any]]) -> str:
         if len({rank for rank in arm["ranks"].values() if rank}) > 1:
             label = f"Rank of each module, {arm['name']}"
             parts.append(f"<h3>{escape(arm['name'])}</h3>")
-            parts.append(_picture(rank_map_figure(arm["ranks"]), label))
+            parts.append(picture(rank_map_figure(arm["ranks"]), label))
     if len(parts) == 1:
         parts.append("<p>Every adapted module has the same rank in every arm.</p>")
     else:
@@ -127,16 +171,15 @@ def _scores(results: Mapping[str, Any]) -> str:
     if results["step_seconds"] > 0:
         steps = results["search_seconds"] / results["step_seconds"]
         cost += f", the time of {steps:.1f} training steps"
-    picture = _picture(scores_figure(scores), "Score of each module") if scores else ""
-    shown = "" if len(scores) <= _MOST_BARS else f" The {_MOST_BARS} highest of {len(scores)}."
+    drawn = picture(scores_figure(scores), "Score of each module") if scores else ""
+    shown = "" if len(scores) <= MOST_BARS else f" The {MOST_BARS} highest of {len(scores)}."
     return (
-        f"<h2>Scores ({escape(results['proxy'])})</h2>\n{picture}\n"
-        f'<p class="note">{cost}.{shown}</p>'
+        f'<h2>Scores ({escape(results["proxy"])})</h2>\n{drawn}\n<p class="note">{cost}.{shown}</p>'
     )
 
 
 def _curves(arms: Sequence[Mapping[str, Any]]) -> str:
-    return "<h2>Training</h2>\n" + _picture(curves_figure(arms), "Loss and accuracy by step")
+    return "<h2>Training</h2>\n" + picture(curves_figure(arms), "Loss and accuracy by step")
 
 
 def _speed(speed: Mapping[str, Any]) -> str:
@@ -181,175 +224,23 @@ def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Module names laid out as kind x layer; `cells` holds the name at (kind, layer)."""
+def rank_table(ranks: Mapping[str, int]) -> Any:
+    """For a terminal: layer by module or shortcut; what is outside the layers has its own row."""
+    from rich.table import Table
 
-    kinds: list[str]
-    layers: list[int | None]
-    cells: dict[tuple[str, int | None], str]
-
-
-def layer_grid(names: Iterable[str]) -> Grid:
-    """The layer is the first number in a dotted name, the kind is the rest; parts that all kinds
-    share are left out.
-    """
-    split: dict[str, tuple[tuple[str, ...], tuple[str, ...], int | None]] = {}
-    for name in names:
-        parts = tuple(name.split("."))
-        at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        before, after = (parts[:at], parts[at + 1 :]) if at is not None else ((), parts)
-        split[name] = (before, after, None if at is None else int(parts[at]))
-    one_stack = len({before for before, _, layer in split.values() if layer is not None}) <= 1
-    cells = {}
-    for name, (before, after, layer) in split.items():
-        kind = ".".join(after if one_stack else (*before, *after))
-        cells[kind or name, layer] = name
-    kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    layers = {layer for _, layer in cells}
-    numbers: list[int | None] = [*sorted(layer for layer in layers if layer is not None)]
-    return Grid(kinds, numbers + ([None] if None in layers else []), cells)
-
-
-def rank_map_figure(ranks: Mapping[str, int]) -> "Figure":
-    """Heat map of ranks, layers from left to right, kinds of modules from top to bottom.
-
-    Args:
-        ranks: {module name: rank}; 0 is drawn as a module without adapter.
-
-    Returns:
-        a figure with a transparent background; ``figure.savefig("ranks.png", facecolor="white")``
-        makes a picture of it.
-    """
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    grid = layer_grid(ranks)
-    columns, rows = len(grid.layers), len(grid.kinds)
-    cell = 0.42 if columns <= 24 else 0.42 * 24 / columns
-    figure, axes = _figure(2.4 + cell * columns, 0.7 + 0.34 * rows)
-    highest = max(ranks.values(), default=0) or 1
-    colours = colormaps["viridis"]
-    for (kind, layer), name in grid.cells.items():
-        x, y = grid.layers.index(layer), grid.kinds.index(kind)
-        rank = ranks[name]
-        # The square root keeps ranks 1, 2 and 4 apart beside a 32.
-        shade = 0.15 + 0.85 * (rank / highest) ** 0.5
-        face = colours(shade) if rank else "none"
-        edge = "none" if rank else "#88888880"
-        axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=face, edgecolor=edge))
-        # Viridis turns light at about two thirds.
-        ink = _TEXT if not rank else "#000000" if shade > 0.62 else "#ffffff"
-        size = 8 if columns <= 24 else 6
-        axes.text(x, y, str(rank), ha="center", va="center", fontsize=size, color=ink)
-    axes.set_xlim(-0.5, columns - 0.5)
-    axes.set_ylim(rows - 0.5, -0.5)
-    axes.set_xticks(range(columns), ["none" if n is None else str(n) for n in grid.layers])
-    axes.set_yticks(range(rows), grid.kinds)
-    axes.set_xlabel("layer")
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return figure
-
-
-def scores_figure(scores: Mapping[str, float]) -> "Figure":
-    """Horizontal bars of the highest scores, at most 24, the highest on top."""
-    best = sorted(scores, key=lambda name: -scores[name])[:_MOST_BARS]
-    figure, axes = _figure(7.0, 0.6 + 0.22 * len(best))
-    axes.barh(range(len(best)), [scores[name] for name in best], color=_COLOURS[0])
-    places = {name: place for place, name in layer_grid(scores).cells.items()}
-    labels = [
-        kind if layer is None else f"layer {layer} {kind}"
-        for kind, layer in (places[name] for name in best)
-    ]
-    axes.set_yticks(range(len(best)), labels, fontsize=8)
-    axes.set_ylim(len(best) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("score")
-    return figure
-
-
-def curves_figure(arms: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Training loss, evaluation loss and evaluation accuracy by step; a colour an arm, a line a
-    run.
-    """
-    panels = [
-        (key, label)
-        for key, label in (
-            ("loss", "training loss"),
-            ("eval_loss", "validation loss"),
-            ("eval_accuracy", "validation accuracy"),
-        )
-        if any(_series(run, key)[0] for arm in arms for run in arm["runs"])
-    ]
-    figure, *axes_list = _figure(7.0, 2.5 * max(1, len(panels)), rows=max(1, len(panels)))
-    for axes, (key, label) in zip(axes_list, panels, strict=False):
-        for index, arm in enumerate(arms):
-            colour = _COLOURS[index % len(_COLOURS)]
-            for number, run in enumerate(arm["runs"]):
-                steps, values = _series(run, key)
-                axes.plot(
-                    steps,
-                    values,
-                    color=colour,
-                    linewidth=1.2,
-                    alpha=0.8,
-                    marker="o" if len(steps) <= 20 else None,
-                    markersize=3,
-                    label=arm["name"] if number == 0 else None,
-                )
-        axes.set_ylabel(label)
-        if axes is not axes_list[0]:
-            axes.sharex(axes_list[0])
-        axes.grid(color="#88888840", linewidth=0.6)
-        axes.set_axisbelow(True)
-    axes_list[-1].set_xlabel("step")
-    if panels:
-        axes_list[0].legend(frameon=False, labelcolor=_TEXT)
-    return figure
-
-
-def _series(run: Mapping[str, Any], key: str) -> tuple[list[float], list[float]]:
-    points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, ...]:
-    """A figure in inches and its axes from top to bottom, without pyplot and its global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0.0)
-    axes_list = [figure.add_subplot(rows, 1, 1 + index) for index in range(rows)]
-    for axes in axes_list:
-        _in_text_colour(axes)
-    return (figure, *axes_list)
-
-
-def _in_text_colour(axes: "Axes") -> None:
-    axes.patch.set_alpha(0.0)
-    axes.tick_params(colors=_TEXT, labelsize=9)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(_TEXT)
-        label.set_fontsize(9)
-    for side, spine in axes.spines.items():
-        spine.set_color(_TEXT)
-        spine.set_visible(side in ("left", "bottom"))
-
-
-def _picture(figure: "Figure", label: str) -> str:
-    """The figure as inline SVG, its text in the reader's colour and font."""
-    from matplotlib import rc_context
-
-    # The hash salt makes ids differ between the pictures of a page, and equal from run to run.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    svg = drawn.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    svg = svg.replace(_TEXT, "currentColor")
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
-    return f'<div class="wide">{svg}</div>'
+    cells: dict[str, dict[str, int]] = {}
+    columns: dict[str, None] = {}
+    for name, rank in ranks.items():
+        match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+        layer, column = (match.group(1), match.group(2)) if match else ("-", name)
+        # Of a shortcut its kind, which says where it ends.
+        column = column.rpartition(":")[2]
+        cells.setdefault(layer, {})[column] = rank
+        columns[column] = None
+    table = Table(title="rank by layer and module")
+    table.add_column("layer", justify="right")
+    for column in columns:
+        table.add_column(re.sub(r"([.-])", r"\1\n", column), justify="right")
+    for layer, row in cells.items():
+        table.add_row(layer, *(str(row.get(column, "")) for column in columns))
+    return table

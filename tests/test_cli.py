@@ -125,6 +125,10 @@ MISTAKES = {
         "is not empty: choose another --out, or give --resume or --overwrite",
     ),
     "nothing to resume": (TRAIN + " --resume", "nothing to resume: "),
+    "unwritable report": (
+        SEARCH + " --report {out}/no/page.html",
+        "cannot write the report to ",
+    ),
     "unwritable JSON": (SEARCH + " --json {out}/no/where.json", "cannot write --json "),
 }
 

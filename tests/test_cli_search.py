@@ -41,10 +41,15 @@ def test_shortcuts_are_searched_trained_and_resumed(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = SEARCH + " --shortcuts all --budget-rank 2 --shortcut-budget-rank 1 --json -"
+    words += " --report {out}/page.html"
     assert cli.main(_filled(words, files, tmp_path)) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert len(found["shortcuts"]) == 7 and any(found["shortcuts"].values())
+    page = (tmp_path / "page.html").read_text()
+    assert "where the ranks went" in page and "--shortcut-budget-rank 1" in page
+    assert f"{found['parameters']:,} of {found['budget_parameters']:,} parameters" in page
+    assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
     assert found["scores"].keys() == found["ranks"].keys() | found["shortcuts"].keys()
     assert all(word in captured.err for word in ("cross-", "layer", "in-", "attn", "ffn"))
 

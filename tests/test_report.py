@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from heterolora.report import curves_figure, rank_map_figure, scores_figure, write_html
+from heterolora.figures import curves_figure, rank_map_figure, scores_figure
+from heterolora.report import write_html
 
 _KINDS = (
     "attention.self.query",

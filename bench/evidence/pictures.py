@@ -12,7 +12,7 @@ from heterolora.bench.drawing import COLOURS, INK, panels
 from heterolora.bench.evidence.statistics import Difference
 from heterolora.bench.evidence.table import BASELINE, differences, grouped
 from heterolora.bench.harness import BenchError
-from heterolora.report import layer_grid
+from heterolora.figures import layer_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -75,6 +75,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     """
     from heterolora.data import batches, load_text_data, tokenize
     from heterolora.demo.speed import measure
+    from heterolora.figures import check_drawing
     from heterolora.models import load_model
     from heterolora.report import write_html
     from heterolora.search import Budget, SearchSpace, allocate, uniform
@@ -85,7 +86,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         else Recipe(seeds=(seed, seed + 1))
     )
     space = SearchSpace(target_modules=recipe.target_modules)
-    _check_report_tools()
+    check_drawing()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -211,15 +212,6 @@ def _train(
             if "loss" in entry or "eval_loss" in entry
         ],
     }
-
-
-def _check_report_tools() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise HeteroLoraError(
-            "the report is drawn with matplotlib, which is missing: pip install matplotlib"
-        )
 
 
 def _say(text: str) -> None:
