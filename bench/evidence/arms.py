@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from heterolora.bench.evidence import outside
+from heterolora.bench.evidence.ablation import PARTS, ablated
 from heterolora.bench.evidence.setting import Adapted, Setting, onto
 from heterolora.search import (
     Allocation,
@@ -255,11 +256,20 @@ ARMS: dict[str, Arm] = {
     )
 }
 
+for _part in PARTS:
+    ARMS[f"alone-{_part}"] = Arm(
+        f"alone-{_part}", "alone", f"only {_part} is adapted", ablated(_part, alone=True)
+    )
+    ARMS[f"without-{_part}"] = Arm(
+        f"without-{_part}", "uniform", f"all but {_part} are adapted", ablated(_part, alone=False)
+    )
+
 # The arm that chooses the learning rate of a family, where it is not the family's namesake.
 _REPRESENTATIVES = {
     "on-off": "random-onoff",
     "dynamic": "dynamic-grad-norm",
     "shortcuts": "shortcuts-all",
+    "alone": "alone-3-value",
 }
 
 

@@ -239,16 +239,18 @@ def _interruptible() -> Iterator[None]:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from heterolora.bench.evidence import ablation
     from heterolora.bench.evidence.store import Store
     from heterolora.bench.evidence.table import markdown
     from heterolora.bench.harness import BenchError
 
     entries = list(Store(args.report).tests())
-    text = markdown(entries)
+    text = markdown([entry for entry in entries if not ablation.is_ablation(entry)])
+    text = "\n".join(filter(None, [text, ablation.markdown(entries)]))
     if args.png is not None:
         from heterolora.bench.evidence.pictures import write_pngs
 
-        for path in write_pngs(entries, args.png):
+        for path in write_pngs([e for e in entries if not ablation.is_ablation(e)], args.png):
             _say(f"wrote {path}")
     if args.markdown is None:
         if args.png is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ class Config:
     Attributes:
         epochs: {task: epochs}; its keys are the tasks.
         ranks: budgets, as the parameters of uniform LoRA of that rank.
-        arms: names of `heterolora.bench.evidence.arms.ARMS`.
+        arms: names of `heterolora.bench.evidence.arms.ARMS`; in a file also patterns ("alone-*").
         seeds: each arm is trained once for each.
         learning_rates: the grid that each family of arms chooses from.
         choice_seeds: the seeds it is chosen with.
@@ -148,7 +149,10 @@ def _config(given: Mapping[str, Any]) -> Config:
     for task, number in epochs.items():
         _known(task, TASKS, "epochs: task")
         _check(_positive(number), "epochs", number, "a number above 0")
-    arms = _several(given, "arms", lambda value: isinstance(value, str), "names")
+    named = _several(given, "arms", lambda value: isinstance(value, str), "names")
+    arms = tuple(
+        dict.fromkeys(arm for name in named for arm in fnmatch.filter(ARMS, name) or [name])
+    )
     for arm in arms:
         _known(arm, ARMS, "arms: arm")
     seeds = _several(given, "seeds", _whole, "whole numbers")

@@ -79,7 +79,11 @@ def onto(setting: Setting, allocation: Allocation) -> Adapted:
     # Trainer's callback fuses it, and finds the groups with a batch of the training rows.
     unfuse(model)
     ranks = {**allocation.ranks, **allocation.shortcuts}
-    notes = {} if allocation.step_time is None else {"predicted_step": allocation.step_time}
+    notes: dict[str, Any] = {}
+    if allocation.probe_rank is not None:
+        notes["scores"] = dict(allocation.scores)
+    if allocation.step_time is not None:
+        notes["predicted_step"] = allocation.step_time
     return Adapted(model, ranks, search_seconds=allocation.seconds, notes=notes)
 
 

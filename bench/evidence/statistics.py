@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["FEWEST", "RESAMPLES", "Difference", "paired_difference", "spread"]
+__all__ = [
+    "FEWEST",
+    "RESAMPLES",
+    "Correlation",
+    "Difference",
+    "paired_difference",
+    "rank_correlation",
+    "spread",
+]
 
 RESAMPLES = 10_000
 # Of four differences or fewer, all have one sign by chance in an eighth of the cases or more.
@@ -33,6 +41,20 @@ class Difference:
     def beyond_noise(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.low is not None and self.high is not None and self.low * self.high > 0
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation, with the 95 % interval of a bootstrap over the pairs.
+
+    Attributes:
+        count: number of pairs.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -66,3 +88,36 @@ def paired_difference(
     rows = np.random.default_rng(seed).integers(0, len(found), (RESAMPLES, len(found)))
     low, high = np.percentile(found[rows].mean(axis=1), (2.5, 97.5))
     return Difference(len(found), float(found.mean()), float(low), float(high))
+
+
+def rank_correlation(
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0
+) -> Correlation:
+    """Spearman's rank correlation of pairs; 0 where one side is constant.
+
+    Raises:
+        ValueError: fewer than three pairs, or sides of unlike length.
+    """
+    pairs = np.array([first, second], dtype=np.float64)
+    count = pairs.shape[1]
+    if count < 3:
+        raise ValueError(f"{count} pairs have no rank correlation; at least 3 are needed")
+    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+    resampled = [_correlation(pairs[:, rows]) for rows in drawn]
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return Correlation(_correlation(pairs), float(low), float(high), count)
+
+
+def _correlation(pairs: np.ndarray) -> float:
+    ranks = np.array([_ranked(side) for side in pairs])
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    norms = np.sqrt((ranks**2).sum(axis=1)).prod()
+    return float(ranks.prod(axis=0).sum() / norms) if norms else 0.0
+
+
+def _ranked(values: np.ndarray) -> np.ndarray:
+    """Ranks, equal values sharing the mean of theirs."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    shared: np.ndarray = (last - (counts - 1) / 2)[index]
+    return shared

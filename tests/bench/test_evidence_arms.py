@@ -12,13 +12,15 @@ from heterolora.bench.evidence.arms import ARMS, allocated
 from heterolora.bench.evidence.setting import Setting, adapter_parameters
 from heterolora.bench.evidence.tasks import TASKS
 from heterolora.bench.evidence.trial import Trials
+from heterolora.bench.harness import BenchError
 from heterolora.search import SearchSpace
 
 # Two layers of four 32 x 32 and two 32 x 64 linears; 64 and 96 parameters per unit of rank.
 UNIT = 2 * (4 * 64 + 2 * 96)
 # On a model this small a step's time hardly depends on the ranks, so 0.6 of it cannot be had.
 TIMED = [name for name in ARMS if name.startswith("time-")]
-UNTIMED = [name for name in ARMS if name not in TIMED]
+ABLATIONS = [name for name in ARMS if name.startswith(("alone-", "without-"))]
+UNTIMED = [name for name in ARMS if name not in (*TIMED, *ABLATIONS)]
 STEPS = 2 * math.ceil(ROWS / 8)
 
 
@@ -90,6 +92,17 @@ def test_shuffling_deals_the_same_ranks_among_modules_of_one_size(results):
             for found in (dealt, own)
         ]
         assert ranks[0] == ranks[1]
+
+
+def test_ablations_adapt_one_module_or_all_others(results, model):
+    assert len(ABLATIONS) == 72
+    alone, without = results["alone-1-query"]["ranks"], results["without-1-query"]["ranks"]
+    assert [name for name, rank in alone.items() if rank] == [
+        "bert.encoder.layer.1.attention.self.query"
+    ]
+    assert all((alone[name] == 0) is (rank == 2) for name, rank in without.items())
+    with pytest.raises(BenchError, match="no module 5-query"):
+        ARMS["alone-5-query"].build(setting(model))
 
 
 def test_lora_higher_has_two_neighbouring_ranks(results, model):

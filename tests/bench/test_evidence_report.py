@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 from evidence_runs import entry
 
+from heterolora.bench.evidence.ablation import KINDS, PARTS, correlations, part_of
+from heterolora.bench.evidence.ablation import markdown as ablation_table
 from heterolora.bench.evidence.arms import ARMS
 from heterolora.bench.evidence.command import BEGIN, END, updated
 from heterolora.bench.evidence.pictures import _differences, _ranks, write_pngs
-from heterolora.bench.evidence.statistics import FEWEST, paired_difference, spread
+from heterolora.bench.evidence.statistics import (
+    FEWEST,
+    paired_difference,
+    rank_correlation,
+    spread,
+)
 from heterolora.bench.evidence.table import grouped, markdown
 from heterolora.bench.harness import BenchError
 
@@ -125,3 +132,42 @@ def test_pictures_of_differences_and_ranks(tmp_path):
     assert sorted(map(float, texts)) == sorted(map(float, ranks["uniform"].values()))
     with pytest.raises(BenchError, match="cannot be written"):
         write_pngs(entries, tmp_path / "pictures" / found[0].name / "below")
+
+
+def test_rank_correlation_of_known_values():
+    rising = [float(k) for k in range(20)]
+    assert rank_correlation(rising, [x**3 for x in rising]).value == pytest.approx(1.0)
+    found = rank_correlation(rising, [-x for x in rising])
+    assert (found.value, found.low, found.high, found.count) == pytest.approx((-1, -1, -1, 20))
+    # With a tie: ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4; the sums of squares are 4.5 and 5.
+    found = rank_correlation([1, 2, 2, 9], [0, 5, 3, 7])
+    assert found.value == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]).value == 0.0
+    independent = np.random.default_rng(0).random((2, 30))
+    found = rank_correlation(*independent.tolist())
+    assert found.low < 0 < found.high
+    with pytest.raises(ValueError, match="2 pairs"):
+        rank_correlation([1, 2], [1, 2])
+
+
+def test_scores_are_compared_with_what_modules_are_worth():
+    entries = []
+    for k, part in enumerate(PARTS):
+        for seed in (0, 1):
+            # Worth more from module to module, and seeds that differ by more than modules do.
+            entries.append(entry(f"alone-{part}", seed, 1.0 - 0.01 * k + seed))
+            entries.append(entry(f"without-{part}", seed, 0.5 + 0.01 * k + seed))
+    names = [f"bert.encoder.layer.{i}.{kind}" for i in range(6) for kind in KINDS.values()]
+    assert [part_of(name) for name in names] == list(PARTS)
+    good = {name: float(k) for k, name in enumerate(names)}
+    entries.append(entry("spectral", 0, 1.0, scores={**good, "bert.pooler.dense": 99.0}))
+    entries.append(
+        entry("grad-norm", 0, 1.0, scores={name: -score for name, score in good.items()})
+    )
+    found = correlations(entries)
+    assert found["sick", "spectral"]["alone"].value == pytest.approx(1.0)
+    assert found["sick", "spectral"]["without"].value == pytest.approx(1.0)
+    assert found["sick", "grad-norm"]["alone"].value == pytest.approx(-1.0)
+    text = ablation_table(entries)
+    assert "| sick | spectral | +1.00 [+1.00, +1.00] | +1.00 [+1.00, +1.00] | 36 |" in text
+    assert ablation_table(entries[-2:]) == ""

@@ -1,0 +1,119 @@
+"""What a single module is worth, by training with it alone and without it alone; and whether a
+proxy's scores say so before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from heterolora.bench.evidence.setting import Adapted, Setting, onto
+from heterolora.bench.evidence.statistics import Correlation, rank_correlation
+from heterolora.bench.harness import BenchError
+from heterolora.search import uniform
+
+__all__ = ["KINDS", "PARTS", "ablated", "correlations", "is_ablation", "markdown", "part_of"]
+
+# Of a BERT encoder: 6 layers of 6 linear layers in MiniLM.
+KINDS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention-out": "attention.output.dense",
+    "ffn-in": "intermediate.dense",
+    "ffn-out": "output.dense",
+}
+PARTS = tuple(f"{layer}-{kind}" for layer in range(6) for kind in KINDS)
+_ARM = re.compile(r"(alone|without)-(.+)")
+
+
+def ablated(part: str, *, alone: bool) -> Callable[[Setting], Adapted]:
+    """Builds a model with the budget's rank on one module, or on all others.
+
+    Args:
+        part: one of `PARTS`.
+    """
+
+    def build(setting: Setting) -> Adapted:
+        plain = uniform(setting.model, setting.rank, setting.space)
+        if part not in {part_of(name) for name in plain.ranks}:
+            raise BenchError(f"the model has no module {part}; its ablation is of six layers")
+        ranks = {
+            name: rank if (part_of(name) == part) is alone else 0
+            for name, rank in plain.ranks.items()
+        }
+        return onto(setting, replace(plain, ranks=ranks))
+
+    return build
+
+
+def part_of(name: str) -> str | None:
+    """The entry of `PARTS` for a module's name, or None."""
+    match = re.search(r"\.layer\.(\d+)\.(.+)$", name)
+    kinds = {ending: kind for kind, ending in KINDS.items()}
+    if match is None or match.group(2) not in kinds:
+        return None
+    return f"{match.group(1)}-{kinds[match.group(2)]}"
+
+
+def is_ablation(entry: Mapping[str, Any]) -> bool:
+    """Whether a result is of one of these arms."""
+    return _ARM.fullmatch(entry["run"]["arm"]) is not None
+
+
+def correlations(
+    entries: Iterable[Mapping[str, Any]],
+) -> dict[tuple[str, str], dict[str, Correlation]]:
+    """{(task, arm): {"alone": ..., "without": ...}} for every arm that scored.
+
+    The gain of a module is by how much less the test loss is with it alone than with another alone,
+    or by how much more it is without it. Scores and losses are means over the seeds.
+    """
+    losses: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for entry in entries:
+        run, result = entry["run"], entry["result"]
+        if (match := _ARM.fullmatch(run["arm"])) and result["loss"] is not None:
+            losses[run["task"], match[1]][match[2]].append(result["loss"])
+        for name, score in result.get("scores", {}).items():
+            if (part := part_of(name)) is not None:
+                scores[run["task"], run["arm"]][part].append(score)
+    found: dict[tuple[str, str], dict[str, Correlation]] = {}
+    for (task, arm), of_part in scores.items():
+        for way, sign in (("alone", -1.0), ("without", 1.0)):
+            gains = {part: sign * fmean(of) for part, of in losses[task, way].items()}
+            common = sorted(gains.keys() & of_part.keys())
+            if len(common) > 2:
+                own = [fmean(of_part[part]) for part in common]
+                correlation = rank_correlation(own, [gains[part] for part in common])
+                found.setdefault((task, arm), {})[way] = correlation
+    return found
+
+
+def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
+    """A table of `correlations`; empty where no module was ablated."""
+    found = correlations(entries)
+    if not found:
+        return ""
+    lines = [
+        "## What scores predict",
+        "",
+        "Spearman's correlation of a module's score with what it is worth, over the modules, with "
+        "the 95 % interval of a bootstrap over them.",
+        "",
+        "| task | scores of | with it alone | without it | modules |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for (task, arm), ways in sorted(found.items()):
+        cells = [_cell(ways.get(way)) for way in ("alone", "without")]
+        count = max(way.count for way in ways.values())
+        lines.append(f"| {task} | {arm} | {cells[0]} | {cells[1]} | {count} |")
+    return "\n".join([*lines, ""])
+
+
+def _cell(found: Correlation | None) -> str:
+    return "" if found is None else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
