@@ -198,6 +198,7 @@ def _train(args: argparse.Namespace) -> int:
             "data": args.data,
             "adapter": str(result.adapter),
             "parameters": allocation.parameters,
+            "counts": asdict(allocation.counts),
             "metrics": result.metrics,
             "steps": result.steps,
             "seconds": result.seconds,
@@ -214,7 +215,7 @@ def _train(args: argparse.Namespace) -> int:
             *(f"{name.replace('_', ' ')}: {value:.4f}" for name, value in result.metrics.items()),
             f"{result.steps} steps in {result.seconds:.1f} s"
             + (f", {result.seconds_per_step:.3f} s a step" if result.seconds_per_step else ""),
-            f"{allocation.parameters:,} LoRA parameters; "
+            f"{allocation.parameters:,} LoRA parameters, enabled, trained and stored; "
             + (str(report) if report else "PEFT's own forward"),
             *([f"CUDA graphs: {result.cuda_graph}"] if result.cuda_graph else []),
             f"adapter: {result.adapter}",

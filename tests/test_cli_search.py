@@ -57,6 +57,9 @@ def test_shortcuts_are_searched_trained_and_resumed(
     words += " --allocation {out}/a.json"
     adapter = tmp_path / "run" / "adapter" / "heterolora_shortcuts.safetensors"
     assert cli.main(_filled(words, files, tmp_path)) == 0
+    assert f"{found['parameters']:,} LoRA parameters, enabled, trained and stored" in (
+        capsys.readouterr().out
+    )
     undisturbed = load_file(adapter)
     on = sum(map(bool, found["shortcuts"].values()))
     assert len(undisturbed) == 2 * on
