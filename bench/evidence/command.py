@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from heterolora.bench.evidence.config import Config, Run
     from heterolora.bench.evidence.store import Store
 
-__all__ = ["BEGIN", "END", "add_arguments", "given", "run", "updated"]
+__all__ = ["BEGIN", "END", "add_arguments", "given", "run", "tables", "updated"]
 
 BEGIN, END = "<!-- evidence -->", "<!-- /evidence -->"
 
@@ -239,18 +239,16 @@ def _interruptible() -> Iterator[None]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from heterolora.bench.evidence import ablation
     from heterolora.bench.evidence.store import Store
-    from heterolora.bench.evidence.table import markdown
     from heterolora.bench.harness import BenchError
 
     entries = list(Store(args.report).tests())
-    text = markdown([entry for entry in entries if not ablation.is_ablation(entry)])
-    text = "\n".join(filter(None, [text, ablation.markdown(entries)]))
+    text = tables(entries)
     if args.png is not None:
+        from heterolora.bench.evidence.ablation import is_ablation
         from heterolora.bench.evidence.pictures import write_pngs
 
-        for path in write_pngs([e for e in entries if not ablation.is_ablation(e)], args.png):
+        for path in write_pngs([e for e in entries if not is_ablation(e)], args.png):
             _say(f"wrote {path}")
     if args.markdown is None:
         if args.png is None:
@@ -262,6 +260,19 @@ def _report(args: argparse.Namespace) -> int:
     except OSError as error:
         raise BenchError(f"{args.markdown}: cannot be written ({error.strerror})") from error
     return 0
+
+
+def tables(entries: Sequence[dict[str, Any]]) -> str:
+    """All that is said of results, as Markdown.
+
+    Raises:
+        BenchError: there is nothing to report, or an arm has two results for one seed.
+    """
+    from heterolora.bench.evidence import ablation
+    from heterolora.bench.evidence.table import markdown
+
+    arms = markdown([entry for entry in entries if not ablation.is_ablation(entry)])
+    return "\n".join(filter(None, [arms, ablation.markdown(entries)]))
 
 
 def updated(page: str, table: str) -> str:

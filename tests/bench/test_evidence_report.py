@@ -1,13 +1,16 @@
 """Statistics with known answers, and the table made of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from evidence_runs import entry
 
+from heterolora.bench import evidence
 from heterolora.bench.evidence.ablation import KINDS, PARTS, correlations, part_of
 from heterolora.bench.evidence.ablation import markdown as ablation_table
 from heterolora.bench.evidence.arms import ARMS
-from heterolora.bench.evidence.command import BEGIN, END, updated
+from heterolora.bench.evidence.command import BEGIN, END, tables, updated
 from heterolora.bench.evidence.pictures import _differences, _ranks, write_pngs
 from heterolora.bench.evidence.statistics import (
     FEWEST,
@@ -15,6 +18,7 @@ from heterolora.bench.evidence.statistics import (
     rank_correlation,
     spread,
 )
+from heterolora.bench.evidence.store import Store
 from heterolora.bench.evidence.table import grouped, markdown
 from heterolora.bench.harness import BenchError
 
@@ -171,3 +175,10 @@ def test_scores_are_compared_with_what_modules_are_worth():
     text = ablation_table(entries)
     assert "| sick | spectral | +1.00 [+1.00, +1.00] | +1.00 [+1.00, +1.00] | 36 |" in text
     assert ablation_table(entries[-2:]) == ""
+
+
+def test_the_page_is_made_of_the_results_beside_the_code():
+    root = Path(evidence.__file__).resolve().parents[2]
+    page = (root / "docs" / "evidence.md").read_text(encoding="utf-8")
+    entries = list(Store(root / "bench" / "evidence" / "results").tests())
+    assert updated(page, tables(entries)) == page
