@@ -156,8 +156,8 @@ def _lost_gradient(original):
     ("name", "fault"),
     [
         ("group_linear", _lost_scale),
-        ("group_linear", _rounded),
-        ("group_linear_backward", _lost_gradient),
+        pytest.param("group_linear", _rounded, marks=pytest.mark.slow),
+        pytest.param("group_linear_backward", _lost_gradient, marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_fault_is_caught(monkeypatch, capsys, name, fault):

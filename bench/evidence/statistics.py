@@ -102,22 +102,24 @@ def rank_correlation(
     count = pairs.shape[1]
     if count < 3:
         raise ValueError(f"{count} pairs have no rank correlation; at least 3 are needed")
-    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-    resampled = [_correlation(pairs[:, rows]) for rows in drawn]
-    low, high = np.percentile(resampled, (2.5, 97.5))
-    return Correlation(_correlation(pairs), float(low), float(high), count)
+    # A fifth as many as of differences: each compares every pair with every other.
+    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES // 5, count))
+    low, high = np.percentile(_correlation(pairs[:, drawn]), (2.5, 97.5))
+    return Correlation(float(_correlation(pairs)), float(low), float(high), count)
 
 
-def _correlation(pairs: np.ndarray) -> float:
-    ranks = np.array([_ranked(side) for side in pairs])
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    norms = np.sqrt((ranks**2).sum(axis=1)).prod()
-    return float(ranks.prod(axis=0).sum() / norms) if norms else 0.0
+def _correlation(pairs: np.ndarray) -> np.ndarray:
+    """Of pairs [2, ..., count]: [...]."""
+    ranks = _ranked(pairs)
+    ranks -= ranks.mean(axis=-1, keepdims=True)
+    norms = np.sqrt((ranks**2).sum(axis=-1)).prod(axis=0)
+    products = ranks.prod(axis=0).sum(axis=-1)
+    return np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
 
 
 def _ranked(values: np.ndarray) -> np.ndarray:
-    """Ranks, equal values sharing the mean of theirs."""
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    shared: np.ndarray = (last - (counts - 1) / 2)[index]
-    return shared
+    """Ranks along the last axis from 0, equal values sharing the mean of theirs."""
+    others = values[..., None, :]
+    own = values[..., :, None]
+    ranks: np.ndarray = (others < own).sum(axis=-1) + ((others == own).sum(axis=-1) - 1) / 2
+    return ranks

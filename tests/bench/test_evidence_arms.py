@@ -21,6 +21,17 @@ UNIT = 2 * (4 * 64 + 2 * 96)
 TIMED = [name for name in ARMS if name.startswith("time-")]
 ABLATIONS = [name for name in ARMS if name.startswith(("alone-", "without-"))]
 UNTIMED = [name for name in ARMS if name not in (*TIMED, *ABLATIONS)]
+# One of each way to be built; the others run with the slow tests.
+FEW = (
+    "uniform",
+    "spectral-warm-floor",
+    "eva",
+    "adalora",
+    "dynamic-grad-norm",
+    "shortcuts-searched",
+)
+EACH = [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in UNTIMED]
+BUDGETED = [each for each in EACH if ARMS[each.values[0]].build is not outside.adalora]
 STEPS = 2 * math.ceil(ROWS / 8)
 
 
@@ -51,7 +62,7 @@ def results(trials, model):
     return Results(trials, model)
 
 
-@pytest.mark.parametrize("name", UNTIMED)
+@pytest.mark.parametrize("name", EACH)
 def test_every_arm_trains_and_is_measured(results, name):
     result = results[name]
     assert result["steps"] == STEPS
@@ -67,7 +78,7 @@ def test_every_arm_trains_and_is_measured(results, name):
     assert result["fused_modules"] == (None if name == "adalora" else 0)
 
 
-@pytest.mark.parametrize("name", [n for n in UNTIMED if ARMS[n].build is not outside.adalora])
+@pytest.mark.parametrize("name", BUDGETED)
 def test_parameters_are_within_the_budget(results, name):
     enabled = results[name]["parameters"]["enabled"]
     shortcuts = name in ("shortcuts-all", "lora-higher")
