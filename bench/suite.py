@@ -12,12 +12,10 @@ What lies in the folder afterwards::
     tuned/<device>.tried          (tuner) every tile tried, with its time or why it was skipped
 """
 
-import contextlib
 import dataclasses
 import json
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ import torch
 
 from heterolora.bench import calibrate, explain, record, runner, targets, tuner
 from heterolora.bench.harness import BenchError
+from heterolora.bench.interrupt import terminable
 from heterolora.bench.measures import read_folder
 from heterolora.bench.plan import Budget, Job, Pace, paths_plan, plan, without_triton
 from heterolora.bench.record import BenchRun, CaseResult
@@ -114,7 +113,7 @@ def run(
         say(f"{name}: {minutes:g} minutes, results go to {out}")
     problems = 0
     stopped = False
-    with _terminable():
+    with terminable():
         try:
             problems = _phases(place, budget, tune, rounds, say)
         except KeyboardInterrupt:
@@ -368,17 +367,3 @@ def _summary(place: Place, say: Say) -> None:
     count = sum(len(run.results) for run in runs)
     say(f"\n{count} results in {place.out / 'results'}; targets, measured and predicted:\n")
     say(targets.targets_table(runs))
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -18,6 +18,17 @@ ROWS = 40
 BATCH = 4  # ten steps an epoch
 HALF = Budget(rank=R // 2)
 QUICK: dict[str, Any] = {"batches": 1, "every": 0.4}
+# The worst checkpoint counts as the best, so that it is not the last one.
+BEST_AT_END: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "eval_steps": 4,
+    "save_steps": 4,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,
+    "learning_rate": 0.1,
+}
 MODULES = ["attention.self.value", "attention.output.dense"]
 
 

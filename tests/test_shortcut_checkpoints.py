@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from search_runs import Rows, Stop, make_model, make_trainer, run, weights
+from search_runs import BEST_AT_END, Rows, Stop, make_model, make_trainer, run, weights
 from transformers import TrainerCallback
 
 import heterolora
@@ -83,14 +83,7 @@ def test_the_best_checkpoint(tmp_path):
     model, trainer = trained(
         tmp_path,
         more=[Watch()],
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=4,
-        save_steps=4,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,
-        learning_rate=0.1,
+        **BEST_AT_END,
         num_train_epochs=2,
     )
     best, final = trainer.state.best_global_step, weights(model)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -62,6 +60,7 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
     from heterolora.bench.evidence.config import read_config
     from heterolora.bench.evidence.store import Store
     from heterolora.bench.harness import BenchError
+    from heterolora.bench.interrupt import terminable
 
     if args.report is not None:
         return _report(args)
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
         raise BenchError(f"--workers must be at least 1, not {workers}")
     _check_data(config, args.data)
     store = Store(args.out)
-    with _interruptible():
+    with terminable():
         try:
             failed = _work(config, arms, store, args.data, workers, f"evidence {config_path.stem}")
         except KeyboardInterrupt:
@@ -219,23 +218,6 @@ def _progress(what: str, total: int, done: int) -> Iterator[Any]:
             bar.advance(task)
 
         yield advance
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, so that the workers are ended too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _report(args: argparse.Namespace) -> int:

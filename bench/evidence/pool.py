@@ -60,7 +60,8 @@ def work_off(runs: Sequence[Run], data: Path, workers: int) -> Generator[Outcome
                 process, run = busy.pop(ready)
                 try:
                     outcome: Outcome = ready.recv()
-                except EOFError:
+                # Which of them depends on whether it died with the run still unread.
+                except (EOFError, ConnectionError):
                     process.join()
                     yield Outcome(run, None, f"its process ended with {process.exitcode}")
                     continue

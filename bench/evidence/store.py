@@ -6,13 +6,13 @@ A file is there whole or not at all, so that work can be cut off at any moment.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from heterolora.bench.evidence.config import Run
 from heterolora.bench.harness import BenchError
+from heterolora.bench.tuner import write_whole
 
 __all__ = ["SCHEMA", "Store"]
 
@@ -85,12 +85,9 @@ class Store:
         return found
 
     def _write(self, path: Path, value: Mapping[str, Any]) -> None:
-        partial = path.with_name(f"{path.name}.part")
+        text = json.dumps(value, indent=1, allow_nan=False) + "\n"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
         except OSError as error:
             raise BenchError(f"{path}: cannot be written ({error.strerror})") from error
 

@@ -234,7 +234,7 @@ def test_worker_processes_train_and_an_interrupted_command_goes_on(given):
     for path in (out / "test").rglob("*.json"):
         found = json.loads(path.read_text())
         assert found["result"]["steps"] == 6
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.partial"))
 
 
 @pytest.mark.slow

@@ -7,7 +7,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from search_runs import BATCH, HALF, QUICK, R, Rows, Stop, make_model, make_trainer, run, weights
+from search_runs import (
+    BATCH,
+    BEST_AT_END,
+    HALF,
+    QUICK,
+    R,
+    Rows,
+    Stop,
+    make_model,
+    make_trainer,
+    run,
+    weights,
+)
 from transformers import TrainerCallback
 
 import heterolora
@@ -205,14 +217,7 @@ def test_checkpoints_load_in_stock_peft(tmp_path):
     model, trainer = run(
         tmp_path,
         search,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=4,
-        save_steps=4,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,
-        learning_rate=0.1,
+        **BEST_AT_END,
     )
     best = Path(trainer.state.best_model_checkpoint)
     last = {r.step: r for r in search.rankings}[15]

@@ -6,7 +6,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from search_runs import HALF, QUICK, R, Rows, Stop, make_model, make_trainer, run, weights
+from search_runs import (
+    BEST_AT_END,
+    HALF,
+    QUICK,
+    R,
+    Rows,
+    Stop,
+    make_model,
+    make_trainer,
+    run,
+    weights,
+)
 from transformers import TrainerCallback
 
 import heterolora
@@ -226,14 +237,7 @@ def test_checkpoints_hold_what_the_model_computes(tmp_path, more):
         search,
         shortcuts=True,
         more=more,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=4,
-        save_steps=4,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,
-        learning_rate=0.1,
+        **BEST_AT_END,
     )
     best = Path(trainer.state.best_model_checkpoint)
     last = {r.step: r for r in search.rankings}[15]
