@@ -134,7 +134,9 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
     if args.action == "evidence":
         return evidence.run(args, None if args.folder == RESULTS else args.folder)
     if evidence.given(args):
-        raise BenchError("--data, --workers, --only, --report, --markdown: of `bench evidence`")
+        raise BenchError(
+            "--data, --model, --workers, --only, --report, --markdown: of `bench evidence`"
+        )
     if args.action == "report":
         return _report(args)
     if args.action == "gpu":

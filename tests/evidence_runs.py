@@ -1,5 +1,6 @@
-"""A tiny model and a tiny SICK for the tests of `bench evidence`."""
+"""Tiny models, a tiny SICK and a tiny instruction set for the tests of `bench evidence`."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,25 @@ def save_sick(data: Path, rows: int = ROWS) -> Path:
     return data
 
 
-def save_tiny_model(folder: Path) -> Path:
-    return save_model(folder)
+def save_alpaca(data: Path, rows: int = 40) -> Path:
+    """`data` with a folder alpaca-en-demo, whose responses are of 1 to 10 words."""
+    folder = data / "alpaca-en-demo"
+    folder.mkdir(parents=True)
+    draw = random.Random(0)
+    table = [
+        {
+            "instruction": " ".join(draw.choices(FILLER, k=3)),
+            "input": draw.choice(FILLER) if row % 2 else "",
+            "output": " ".join(draw.choices((GOOD, BAD)[row % 2], k=draw.randint(1, 10))),
+        }
+        for row in range(rows)
+    ]
+    (folder / "alpaca_en_demo.json").write_text(json.dumps(table), encoding="utf-8")
+    return data
+
+
+def save_tiny_model(folder: Path, kind: str = "bert") -> Path:
+    return save_model(folder, kind)
 
 
 def a_run(model: Path | str, **changes: Any) -> Run:

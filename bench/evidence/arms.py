@@ -190,6 +190,12 @@ ARMS: dict[str, Arm] = {
         ),
         Arm("spectral", "uniform", "ranks by spectral gain", allocated("spectral")),
         Arm(
+            "spectral-floor",
+            "uniform",
+            "the same, and rank 1 at least",
+            allocated("spectral", floor=1),
+        ),
+        Arm(
             "spectral-warm",
             "uniform",
             "spectral gain after 70 steps of the head",

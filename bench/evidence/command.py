@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench evidence` that other actions do not share."""
     group = parser.add_argument_group("evidence")
     group.add_argument("--data", type=Path, metavar="DIR", help="folder with the tasks' folders")
+    group.add_argument(
+        "--model", metavar="NAME", help="minilm or a model folder, in place of the configuration's"
+    )
     group.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: 2)")
     group.add_argument(
         "--only", nargs="+", metavar="ARM", help="these arms of the configuration only"
@@ -42,7 +46,7 @@ def given(args: argparse.Namespace) -> bool:
     """Whether one of these options was used."""
     return any(
         getattr(args, name) is not None
-        for name in ("data", "workers", "only", "report", "markdown")
+        for name in ("data", "model", "workers", "only", "report", "markdown")
     )
 
 
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
     Raises:
         BenchError: the request makes no sense, or a file is malformed.
         DataError: a task's data is missing or malformed.
+        ModelError: the model is missing, or not of the kind that a task needs.
     """
     from heterolora.bench.evidence.config import read_config
     from heterolora.bench.evidence.store import Store
@@ -67,6 +72,8 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
     if config_path is None:
         raise BenchError("give a configuration: a JSON file, or main")
     config = read_config(config_path)
+    if args.model is not None:
+        config = replace(config, recipe=replace(config.recipe, model=args.model))
     arms = _selected(config, args.only)
     if args.list:
         return _list(config, arms)
@@ -75,7 +82,7 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
     workers = 2 if args.workers is None else args.workers
     if workers < 1:
         raise BenchError(f"--workers must be at least 1, not {workers}")
-    _check_data(config, args.data)
+    _check(config, args.data)
     store = Store(args.out)
     with terminable():
         try:
@@ -111,12 +118,31 @@ def _list(config: Config, arms: Sequence[str]) -> int:
     return 0
 
 
-def _check_data(config: Config, data: Path) -> None:
+def _check(config: Config, data: Path) -> None:
     """Before a worker is started, and all of it: a task may come hours later."""
     from heterolora.bench.evidence.tasks import TASKS
 
     for task in config.epochs:
         TASKS[task].load(data)
+    with _quiet():
+        for task in config.epochs:
+            TASKS[task].check(config.recipe.model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says of the weights of a new head."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _work(
@@ -177,11 +203,10 @@ def _all(
 def _figures(result: dict[str, Any]) -> str:
     if result["diverged"]:
         return "diverged"
-    metric = next(name for name in ("accuracy", "pearson") if name in result)
-    return (
-        f"loss {result['loss']:.4f}, {metric} {result[metric]:.4f}, "
-        f"{result['seconds']['wall']:.0f} s"
-    )
+    metrics = [
+        f"{name} {result[name]:.4f}" for name in ("loss", "accuracy", "pearson") if name in result
+    ]
+    return ", ".join([*metrics, f"{result['seconds']['wall']:.0f} s"])
 
 
 @contextmanager

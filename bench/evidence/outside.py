@@ -29,9 +29,13 @@ def eva(setting: Setting) -> Adapted:
     config.eva_config = EvaConfig(rho=2.0)
     start = time.perf_counter()
     model = get_peft_model(setting.model, config)
-    # EVA reads labels as one a token, to mask by.
+    # EVA reads labels as one a token, to leave out the tokens without a loss.
     rows = [
-        {key: value for key, value in batch.items() if key != "labels"}
+        {
+            key: value
+            for key, value in batch.items()
+            if key != "labels" or value.shape == batch["input_ids"].shape
+        }
         for batch in setting.batches()
     ]
     state = get_eva_state_dict(model, rows, show_progress_bar=False)

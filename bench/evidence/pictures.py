@@ -44,10 +44,10 @@ def write_pngs(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]
 
 
 def _differences(task: str, arms: Mapping[str, list[dict[str, Any]]]) -> Figure:
-    """Loss and metric of each arm less those of uniform, with intervals where there are some."""
+    """Loss, and metric if there is one, of each arm less those of uniform, with intervals."""
     found = {arm: differences(arm, arms) for arm in arms if arm != BASELINE}
-    figure, axes = panels(0.9 + 0.26 * max(len(found), 1), columns=2, share_y=True)
     keys = list(differences(next(iter(arms)), arms))
+    figure, axes = panels(0.9 + 0.26 * max(len(found), 1), columns=len(keys), share_y=True)
     for panel, key in zip(axes, keys, strict=True):
         for row, of_arm in enumerate(found.values()):
             if (difference := of_arm[key]) is not None:

@@ -52,8 +52,9 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
     for (task, rank), arms in grouped(entries).items():
         metric = _metric(arms)
         lines += [f"## {task}, the parameters of uniform rank {rank}", ""]
-        lines.append(_row(column.format(metric=metric) for column in _HEADER))
-        lines.append(_row(["---"] + ["---:"] * (len(_HEADER) - 1)))
+        header = [column for column in _HEADER if metric or "{metric}" not in column]
+        lines.append(_row(column.format(metric=metric) for column in header))
+        lines.append(_row(["---"] + ["---:"] * (len(header) - 1)))
         for arm in arms:
             found = differences(arm, arms)
             lines.append(_row(_cells(arm, arms[arm], metric, found)))
@@ -67,7 +68,8 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
         f"seeds, bold where it leaves out zero: {beyond} of {compared} comparisons. Of arms that "
         f"do not differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
         "Parameters are those of the adapter in use at the end; where more had been trained, or "
-        "other numbers are saved, these follow. Beside it every arm trains the same head in full. "
+        "other numbers are saved, these follow. Beside it every arm trains the same head in full, "
+        "where the task has one. "
         "A run that diverged has no loss and is left out of the means; the column of seeds says "
         "so.",
         "",
@@ -97,11 +99,11 @@ def grouped(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[
 
 
 def differences(arm: str, arms: Mapping[str, Entries]) -> dict[str, Difference | None]:
-    """Of "loss" (nats, or squared error) and of the metric (per cent): the arm less uniform; None
-    for uniform itself, or without a common seed.
+    """Of "loss" (nats, or squared error) and, where the task has one, of the metric (per cent): the
+    arm less uniform; None for uniform itself, or without a common seed.
     """
     if arm == BASELINE:
-        return {"loss": None, _metric(arms): None}
+        return {key: None for key, _, _ in _measured(_metric(arms))}
     plain = arms.get(BASELINE, [])
     return {
         key: paired_difference(_by_seed(arms[arm], key, unit), _by_seed(plain, key, unit))
@@ -109,13 +111,13 @@ def differences(arm: str, arms: Mapping[str, Entries]) -> dict[str, Difference |
     }
 
 
-def _measured(metric: str) -> list[tuple[str, float, int]]:
+def _measured(metric: str | None) -> list[tuple[str, float, int]]:
     """(key, factor, digits) of what is compared."""
-    return [("loss", 1.0, 4), (metric, 100.0, 2)]
+    return [("loss", 1.0, 4)] + ([(metric, 100.0, 2)] if metric else [])
 
 
 def _cells(
-    arm: str, entries: Entries, metric: str, found: Mapping[str, Difference | None]
+    arm: str, entries: Entries, metric: str | None, found: Mapping[str, Difference | None]
 ) -> list[str]:
     good = [entry for entry in entries if not entry["result"]["diverged"]]
     seeds = str(len(good)) + (f" of {len(entries)}" if len(good) < len(entries) else "")
@@ -172,9 +174,9 @@ def _difference(found: Difference | None, digits: int) -> str:
     return f"**{text}**" if found.beyond_noise else text
 
 
-def _metric(arms: Mapping[str, Entries]) -> str:
+def _metric(arms: Mapping[str, Entries]) -> str | None:
     first = next(iter(arms.values()))[0]["result"]
-    return next(name for name in _METRICS if name in first)
+    return next((name for name in _METRICS if name in first), None)
 
 
 def _check_single(arms: Mapping[str, Entries], task: str, rank: int) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -24,7 +23,8 @@ from transformers import (
 from heterolora.bench.evidence.arms import ARMS
 from heterolora.bench.evidence.config import Run
 from heterolora.bench.evidence.setting import Setting, adapter_parameters
-from heterolora.bench.evidence.tasks import TASKS, Task, Tokenised
+from heterolora.bench.evidence.task import Task, Tokenised
+from heterolora.bench.evidence.tasks import TASKS
 from heterolora.fuse import fuse
 from heterolora.search import SearchSpace
 from heterolora.training import FuseCallback
@@ -32,8 +32,6 @@ from heterolora.training import FuseCallback
 __all__ = ["Trials"]
 
 _HELD_OUT = 0.1
-# Rows of an evaluation batch: on a CPU, 128 took 1.6 times as long a row.
-_EVALUATED = 32
 
 
 class Trials:
@@ -50,9 +48,9 @@ class Trials:
     def run(self, run: Run) -> dict[str, Any]:
         """The result of a run, ready for JSON.
 
-        ``loss`` and the task's metric are of the test rows, or of the held-out rows of a "choice"
-        run, and None where the loss is not finite. ``fused_modules`` is None for an arm that
-        `FuseCallback` is not for. Seconds come in pairs: ``wall``, and ``cpu`` of
+        ``loss``, and the task's metric if it has one, are of the test rows, or of the held-out
+        rows of a "choice" run, and None where the loss is not finite. ``fused_modules`` is None for
+        an arm that `FuseCallback` is not for. Seconds come in pairs: ``wall``, and ``cpu`` of
         this process, which does not depend on what else the machine does.
 
         Raises:
@@ -62,7 +60,7 @@ class Trials:
         begin = _Clock()
         model, tokenizer = task.make(recipe.model, run.seed)
         train, test = self._splits(task, run, tokenizer)
-        collate = DataCollatorWithPadding(tokenizer)
+        collate = task.collator(tokenizer)
         steps = math.ceil(math.ceil(len(train) / recipe.batch_size) * run.epochs)
 
         def draw(count: int) -> list[dict[str, Any]]:
@@ -96,6 +94,7 @@ class Trials:
                 train_dataset=train,
                 processing_class=tokenizer,
                 callbacks=callbacks,
+                preprocess_logits_for_metrics=task.reduced,
             )
             trainer.remove_callback(PrinterCallback)
             training = _Clock()
@@ -152,7 +151,7 @@ def _arguments(run: Run, scratch: str) -> TrainingArguments:
         num_train_epochs=run.epochs,
         learning_rate=run.learning_rate,
         per_device_train_batch_size=run.recipe.batch_size,
-        per_device_eval_batch_size=_EVALUATED,
+        per_device_eval_batch_size=TASKS[run.task].evaluated,
         train_sampling_strategy="group_by_length",
         warmup_steps=run.recipe.warmup,
         lr_scheduler_type="linear",

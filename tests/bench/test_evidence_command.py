@@ -17,7 +17,7 @@ from heterolora.bench.evidence import pool
 from heterolora.bench.evidence.pool import Outcome
 from heterolora.bench.evidence.store import Store
 from heterolora.bench.harness import BenchError
-from heterolora.errors import DataError
+from heterolora.errors import DataError, ModelError
 
 CONFIG = {
     "epochs": {"sick": 1},
@@ -109,6 +109,16 @@ def test_only_some_arms(given, done):
         command(*arguments(given, "--only", "eva"))
 
 
+def test_the_model_is_named_on_the_command_line(given, done, tmp_path):
+    other = save_tiny_model(tmp_path / "other")
+    assert command(*arguments(given, "--model", other)) == 0
+    (kept, *_) = (given[2] / "test").rglob("*.json")
+    assert json.loads(kept.read_text())["run"]["recipe"]["model"] == str(other)
+    # Results of one model are not taken for those of another.
+    with pytest.raises(BenchError, match="other settings"):
+        command(*arguments(given))
+
+
 def test_list_runs_nothing(given, done, capsys):
     assert command("evidence", given[1], "--list") == 0
     assert done == []
@@ -166,6 +176,11 @@ def test_requests_that_make_no_sense(given, done, tmp_path):
         command("evidence", path, "--data", tmp_path, "--out", out)
     with pytest.raises(BenchError, match="no results"):
         command("evidence", "--report", tmp_path)
+    with pytest.raises(ModelError, match="no such model folder"):
+        command(*arguments(given, "--model", tmp_path / "none"))
+    llama = save_tiny_model(tmp_path / "llama", "llama")
+    with pytest.raises(ModelError, match="task sick adapts .* a BERT encoder"):
+        command(*arguments(given, "--model", llama))
     assert done == []
 
 
