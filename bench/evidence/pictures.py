@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["write_pngs"]
 
 _MAPS_IN_A_ROW = 4
+# Numbers side by side that can be read.
+_CELLS_IN_A_ROW = 32
 
 
 def write_pngs(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -76,8 +78,9 @@ def _ranks(arms: Mapping[str, list[dict[str, Any]]]) -> Figure:
     names = {name: None for found in maps.values() for name in found}
     grid = layer_grid(names)
     height = 0.7 + 0.2 * len(grid.kinds)
-    rows = -(-len(maps) // _MAPS_IN_A_ROW)
-    figure, axes = panels(height * rows, rows, _MAPS_IN_A_ROW, share_y=True)
+    columns = max(1, min(_MAPS_IN_A_ROW, _CELLS_IN_A_ROW // len(grid.layers)))
+    rows = -(-len(maps) // columns)
+    figure, axes = panels(height * rows, rows, columns, share_y=True)
     top = max(rank for found in maps.values() for rank in found.values())
     for panel, (arm, ranks) in zip(axes, maps.items(), strict=False):
         # The square root keeps ranks 1, 2 and 4 apart beside a 32.
