@@ -79,6 +79,7 @@ def entry(
         "diverged": loss is None,
         "parameters": counts,
         "seconds_per_step": {"wall": 0.5, "cpu": 0.25},
+        "train_seconds": {"wall": 50.0, "cpu": 25.0},
         "search_seconds": 0.0,
         **more,
     }

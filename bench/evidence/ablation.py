@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -16,7 +16,17 @@ from heterolora.bench.evidence.statistics import Correlation, rank_correlation
 from heterolora.bench.harness import BenchError
 from heterolora.search import uniform
 
-__all__ = ["KINDS", "PARTS", "ablated", "correlations", "is_ablation", "markdown", "part_of"]
+__all__ = [
+    "KINDS",
+    "PARTS",
+    "Predictions",
+    "ablated",
+    "gains",
+    "is_ablation",
+    "markdown",
+    "part_of",
+    "predictions",
+]
 
 # Of a BERT encoder: 6 layers of 6 linear layers in MiniLM.
 KINDS = {
@@ -65,38 +75,74 @@ def is_ablation(entry: Mapping[str, Any]) -> bool:
     return _ARM.fullmatch(entry["run"]["arm"]) is not None
 
 
-def correlations(
-    entries: Iterable[Mapping[str, Any]],
-) -> dict[tuple[str, str], dict[str, Correlation]]:
-    """{(task, arm): {"alone": ..., "without": ...}} for every arm that scored.
+@dataclass(frozen=True)
+class Predictions:
+    """What an arm's scores said of modules, and what these turned out to be worth.
 
-    The gain of a module is by how much less the test loss is with it alone than with another alone,
-    or by how much more it is without it. Scores and losses are means over the seeds.
+    Attributes:
+        way: "alone" or "without".
+        scores, gains: by module, in the order of the same names.
+    """
+
+    task: str
+    arm: str
+    way: str
+    scores: dict[str, float]
+    gains: dict[str, float]
+
+    @property
+    def correlation(self) -> Correlation:
+        """Spearman's, over the modules."""
+        return rank_correlation(list(self.scores.values()), list(self.gains.values()))
+
+
+def gains(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+    """{(task, "alone" or "without"): {part: what it is worth in test loss, mean over seeds}}.
+
+    With a part alone that is by how much lower the loss is than with the worst part alone; without
+    a part, by how much higher it is than without the part that is missed least.
     """
     losses: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
         run, result = entry["run"], entry["result"]
         if (match := _ARM.fullmatch(run["arm"])) and result["loss"] is not None:
             losses[run["task"], match[1]][match[2]].append(result["loss"])
+    found = {}
+    for (task, way), of in losses.items():
+        means = {part: fmean(of[part]) for part in PARTS if part in of}
+        sign, worst = (-1.0, max(means.values())) if way == "alone" else (1.0, min(means.values()))
+        found[task, way] = {part: sign * (loss - worst) for part, loss in means.items()}
+    return found
+
+
+def predictions(entries: Sequence[Mapping[str, Any]]) -> list[Predictions]:
+    """For every arm that scored, and each way in which three modules or more were ablated.
+
+    Scores are means over the seeds.
+    """
+    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for entry in entries:
+        run, result = entry["run"], entry["result"]
         for name, score in result.get("scores", {}).items():
             if (part := part_of(name)) is not None:
                 scores[run["task"], run["arm"]][part].append(score)
-    found: dict[tuple[str, str], dict[str, Correlation]] = {}
-    for (task, arm), of_part in scores.items():
-        for way, sign in (("alone", -1.0), ("without", 1.0)):
-            gains = {part: sign * fmean(of) for part, of in losses[task, way].items()}
-            common = sorted(gains.keys() & of_part.keys())
+    found = []
+    worth = gains(entries)
+    for (task, arm), of_part in sorted(scores.items()):
+        for way in ("alone", "without"):
+            common = [part for part in worth.get((task, way), {}) if part in of_part]
             if len(common) > 2:
-                own = [fmean(of_part[part]) for part in common]
-                correlation = rank_correlation(own, [gains[part] for part in common])
-                found.setdefault((task, arm), {})[way] = correlation
+                own = {part: fmean(of_part[part]) for part in common}
+                of_ablation = {part: worth[task, way][part] for part in common}
+                found.append(Predictions(task, arm, way, own, of_ablation))
     return found
 
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A table of `correlations`; empty where no module was ablated."""
-    found = correlations(entries)
+    """A table of the correlations of `predictions`; empty where no module was ablated."""
+    found: dict[tuple[str, str], dict[str, Correlation]] = defaultdict(dict)
+    for prediction in predictions(entries):
+        found[prediction.task, prediction.arm][prediction.way] = prediction.correlation
     if not found:
         return ""
     lines = [
@@ -108,7 +154,7 @@ def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
         "| task | scores of | with it alone | without it | modules |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    for (task, arm), ways in sorted(found.items()):
+    for (task, arm), ways in found.items():
         cells = [_cell(ways.get(way)) for way in ("alone", "without")]
         count = max(way.count for way in ways.values())
         lines.append(f"| {task} | {arm} | {cells[0]} | {cells[1]} | {count} |")

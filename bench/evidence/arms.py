@@ -15,6 +15,7 @@ import torch
 
 from heterolora.bench.evidence import outside
 from heterolora.bench.evidence.ablation import PARTS, ablated
+from heterolora.bench.evidence.oracle import oracle
 from heterolora.bench.evidence.setting import Adapted, Setting, onto
 from heterolora.search import (
     Allocation,
@@ -30,6 +31,9 @@ __all__ = ["ARMS", "Arm", "allocated", "families"]
 
 # The paper's form: a module has four times the average rank or none, so a quarter of them is on.
 ON_OFF = 4
+
+# The part of uniform's training time that arms about time may take.
+SHORT = 0.6
 
 # Steps of the head before spectral scores are taken.
 WARM = 70
@@ -107,6 +111,16 @@ def _search(
 
 def _uniform(setting: Setting) -> Adapted:
     return onto(setting, uniform(setting.model, setting.rank, setting.space))
+
+
+def _varied(*, share: float = 1.0, plus: bool = False) -> Callable[[Setting], Adapted]:
+    """Builds uniform ranks, to be trained for fewer steps or by LoRA+."""
+
+    def build(setting: Setting) -> Adapted:
+        optimizer = outside.lora_plus if plus else None
+        return replace(_uniform(setting), share=share, optimizer=optimizer)
+
+    return build
 
 
 def _dynamic(proxy: str) -> Callable[[Setting], Adapted]:
@@ -225,6 +239,12 @@ ARMS: dict[str, Arm] = {
             "spectral-warm's scores dealt out anew",
             allocated("spectral", head_steps=WARM, shuffle=True),
         ),
+        Arm(
+            "oracle-sick",
+            "uniform",
+            "ranks by what modules of SICK-E's ablation were worth alone, on its test rows",
+            oracle("sick"),
+        ),
         Arm("eva", "eva", "PEFT's EVA, rho 2", outside.eva),
         Arm("adalora", "adalora", "PEFT's AdaLoRA, from twice the rank", outside.adalora),
         Arm(
@@ -251,14 +271,17 @@ ARMS: dict[str, Arm] = {
             "time-grad-norm",
             "uniform",
             "gradient norm within 0.6 of uniform's step",
-            allocated("grad-norm", step_time=0.6),
+            allocated("grad-norm", step_time=SHORT),
         ),
         Arm(
             "time-spectral-warm",
             "uniform",
             "spectral-warm within 0.6 of uniform's step",
-            allocated("spectral", step_time=0.6, head_steps=WARM),
+            allocated("spectral", step_time=SHORT, head_steps=WARM),
         ),
+        Arm("short", "uniform", "uniform, 0.6 of the steps", _varied(share=SHORT)),
+        Arm("plus", "plus", "uniform, LoRA+ with 4 times the rate for B", _varied(plus=True)),
+        Arm("plus-short", "plus", "the same, 0.6 of the steps", _varied(plus=True, share=SHORT)),
     )
 }
 

@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", metavar="ARM", help="these arms of the configuration only"
     )
     group.add_argument(
-        "--report", type=Path, metavar="DIR", help="print the table of a folder of results"
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="print the tables of folders of results; one with ablations is for its scores only",
     )
     group.add_argument(
         "--markdown",
@@ -246,17 +250,22 @@ def _progress(what: str, total: int, done: int) -> Iterator[Any]:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from heterolora.bench.evidence.ablation import is_ablation, predictions
     from heterolora.bench.evidence.store import Store
     from heterolora.bench.harness import BenchError
 
-    entries = list(Store(args.report).tests())
-    text = tables(entries)
+    folders = [list(Store(folder).tests()) for folder in args.report]
+    text = tables(folders)
     if args.png is not None:
-        from heterolora.bench.evidence.ablation import is_ablation
-        from heterolora.bench.evidence.pictures import write_pngs
+        from heterolora.bench.evidence.pictures import write_pngs, write_predictions
 
-        for path in write_pngs([e for e in entries if not is_ablation(e)], args.png):
-            _say(f"wrote {path}")
+        for entries in folders:
+            if any(map(is_ablation, entries)):
+                written = write_predictions(predictions(entries), args.png)
+            else:
+                written = write_pngs(entries, args.png)
+            for path in written:
+                _say(f"wrote {path}")
     if args.markdown is None:
         if args.png is None:
             print(text, end="")
@@ -269,17 +278,20 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def tables(entries: Sequence[dict[str, Any]]) -> str:
-    """All that is said of results, as Markdown.
+def tables(folders: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """All that is said of the results in some folders, as Markdown.
+
+    Where modules were ablated the other arms are there for their scores, after a shorter training.
 
     Raises:
         BenchError: there is nothing to report, or an arm has two results for one seed.
     """
-    from heterolora.bench.evidence import ablation
-    from heterolora.bench.evidence.table import markdown
+    from heterolora.bench.evidence import ablation, table
 
-    arms = markdown([entry for entry in entries if not ablation.is_ablation(entry)])
-    return "\n".join(filter(None, [arms, ablation.markdown(entries)]))
+    return "\n".join(
+        (ablation if any(map(ablation.is_ablation, entries)) else table).markdown(entries)
+        for entries in folders
+    )
 
 
 def updated(page: str, table: str) -> str:

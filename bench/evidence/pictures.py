@@ -1,4 +1,6 @@
-"""Two pictures of the results: how far each arm is from uniform ranks, and where its ranks went."""
+"""Pictures of the results: how far each arm is from uniform ranks, where its ranks went, what
+accuracy costs, and what scores say of modules.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from heterolora.bench.drawing import COLOURS, INK, panels
-from heterolora.bench.evidence.statistics import Difference
-from heterolora.bench.evidence.table import BASELINE, differences, grouped
+from heterolora.bench.evidence.ablation import KINDS, Predictions
+from heterolora.bench.evidence.statistics import Difference, spread
+from heterolora.bench.evidence.table import BASELINE, differences, grouped, metric_of
 from heterolora.bench.harness import BenchError
 from heterolora.figures import layer_grid
 
@@ -18,34 +21,127 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["write_pngs"]
+__all__ = ["write_pngs", "write_predictions"]
 
 _MAPS_IN_A_ROW = 4
 # Numbers side by side that can be read.
 _CELLS_IN_A_ROW = 32
+_MARKERS = "osD^"
+
+Arms = Mapping[str, list[dict[str, Any]]]
 
 
 def write_pngs(entries: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """`<task>-rank<r>-differences.png` and `-ranks.png` for each task and budget.
+    """`<task>-rank<r>-differences.png` and `-ranks.png` for each task and budget, and
+    `<task>-costs.png` for each task.
 
     Raises:
         BenchError: there is nothing to draw, or the folder cannot be written.
     """
-    written = []
+    figures: dict[str, Figure] = {}
+    tasks: dict[str, dict[int, Arms]] = defaultdict(dict)
     for (task, rank), arms in grouped(entries).items():
-        pictures = {"differences": _differences(task, arms), "ranks": _ranks(arms)}
-        for name, figure in pictures.items():
-            path = folder / f"{task}-rank{rank}-{name}.png"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, dpi=150, metadata={"Software": None})
-            except OSError as error:
-                raise BenchError(f"{path}: cannot be written ({error.strerror})") from error
-            written.append(path)
+        figures[f"{task}-rank{rank}-differences"] = _differences(task, arms)
+        figures[f"{task}-rank{rank}-ranks"] = _ranks(arms)
+        tasks[task][rank] = arms
+    for task, of_rank in tasks.items():
+        figures[f"{task}-costs"] = _costs(task, of_rank)
+    return _written(figures, folder)
+
+
+def write_predictions(found: Sequence[Predictions], folder: Path) -> list[Path]:
+    """`<task>-scores-alone.png` and `-without.png`: a module's score against what it is worth.
+
+    Raises:
+        BenchError: the folder cannot be written.
+    """
+    by_picture: dict[str, list[Predictions]] = defaultdict(list)
+    for prediction in found:
+        by_picture[f"{prediction.task}-scores-{prediction.way}"].append(prediction)
+    return _written({name: _scores(of) for name, of in by_picture.items()}, folder)
+
+
+def _written(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    written = []
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150, metadata={"Software": None})
+        except OSError as error:
+            raise BenchError(f"{path}: cannot be written ({error.strerror})") from error
+        written.append(path)
     return written
 
 
-def _differences(task: str, arms: Mapping[str, list[dict[str, Any]]]) -> Figure:
+def _costs(task: str, of_rank: Mapping[int, Arms]) -> Figure:
+    """The metric (or the loss) against adapter parameters and against CPU seconds of training, each
+    the mean over seeds with its standard deviation, an arm's budgets joined by a line.
+    """
+    metric = metric_of(next(iter(of_rank.values())))
+    key, unit = (metric, 100) if metric else ("loss", 1)
+    figure, axes = panels(3.4, columns=2, share_y=True)
+    names = list(dict.fromkeys(arm for arms in of_rank.values() for arm in arms))
+    for panel, of_entry in zip(axes, (_enabled, _training), strict=True):
+        for number, name in enumerate(names):
+            points: list[tuple[float, float, float]] = []
+            for arms in of_rank.values():
+                good = [e for e in arms.get(name, []) if not e["result"]["diverged"]]
+                if good:
+                    mean, deviation = spread([unit * e["result"][key] for e in good])
+                    points.append((fmean(map(of_entry, good)), mean, deviation or 0.0))
+            if points:
+                x, y, error = zip(*points, strict=True)
+                panel.errorbar(
+                    x, y, error, label=name, marker=_MARKERS[number // 10 % len(_MARKERS)],
+                    color=f"C{number % 10}", markersize=4.5, linewidth=1.0, elinewidth=0.8,
+                )  # fmt: skip
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xlabel("adapter parameters")
+    axes[0].set_ylabel(f"test {key}, %" if metric else "test loss")
+    axes[1].set_xlabel("CPU seconds of training")
+    figure.suptitle(task, x=0.01, ha="left", size=10, color=INK)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    return figure
+
+
+def _enabled(entry: Mapping[str, Any]) -> float:
+    return float(entry["result"]["parameters"]["enabled"])
+
+
+def _training(entry: Mapping[str, Any]) -> float:
+    return float(entry["result"]["train_seconds"]["cpu"])
+
+
+def _scores(found: Sequence[Predictions]) -> Figure:
+    """A panel for each arm, modules coloured by kind, labelled with their layer."""
+    rows = -(-len(found) // _MAPS_IN_A_ROW)
+    figure, axes = panels(2.2 * rows + 0.4, rows, _MAPS_IN_A_ROW, share_y=True)
+    for panel, prediction in zip(axes, found, strict=False):
+        for number, kind in enumerate(KINDS):
+            parts = [part for part in prediction.scores if part.partition("-")[2] == kind]
+            x = [prediction.scores[part] for part in parts]
+            y = [prediction.gains[part] for part in parts]
+            panel.plot(x, y, ".", color=f"C{number}", markersize=3, label=kind)
+            for part in parts:
+                where = prediction.scores[part], prediction.gains[part]
+                panel.annotate(part[0], where, size=6, color=f"C{number}")
+        if min(prediction.scores.values()) > 0:
+            panel.set_xscale("log")
+        correlation = prediction.correlation
+        interval = f"[{correlation.low:+.2f}, {correlation.high:+.2f}]"
+        title = f"{prediction.arm}\n{correlation.value:+.2f} {interval}"
+        panel.set_title(title, size=8, color=INK)
+        panel.tick_params(labelsize=6)
+    for panel in axes[len(found) :]:
+        panel.set_visible(False)
+    axes[0].set_ylabel("gain in test loss")
+    figure.supxlabel("score", size=8, color=INK)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    return figure
+
+
+def _differences(task: str, arms: Arms) -> Figure:
     """Loss, and metric if there is one, of each arm less those of uniform, with intervals."""
     found = {arm: differences(arm, arms) for arm in arms if arm != BASELINE}
     keys = list(differences(next(iter(arms)), arms))
@@ -72,7 +168,7 @@ def _interval(axes: Axes, row: int, found: Difference) -> None:
     axes.plot(found.mean, row, marker="o", markersize=4.5, color=colour)
 
 
-def _ranks(arms: Mapping[str, list[dict[str, Any]]]) -> Figure:
+def _ranks(arms: Arms) -> Figure:
     """Mean rank over the seeds, a panel for each arm, on one scale."""
     maps = {arm: _mean_ranks(entries) for arm, entries in arms.items()}
     names = {name: None for found in maps.values() for name in found}

@@ -12,6 +12,7 @@ from heterolora.fuse import unfuse
 from heterolora.search import Allocation, SearchSpace, adapt
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
     from transformers import TrainerCallback
 
 __all__ = ["SCALING", "Adapted", "Setting", "adapter_parameters", "onto"]
@@ -57,6 +58,8 @@ class Adapted:
         model: a PeftModel, not fused.
         ranks: {name of a module or shortcut: rank} at the start.
         fused: train it through `FuseCallback`.
+        optimizer: of the model and the learning rate; by default Trainer's AdamW.
+        share: of the run's epochs, so many are trained; the learning rate still falls to 0.
         callbacks: further callbacks of the Trainer.
         search_seconds: wall time of the search before training.
         notes: what else the result file should say.
@@ -67,6 +70,8 @@ class Adapted:
     model: Any
     ranks: dict[str, int]
     fused: bool = True
+    optimizer: Callable[[Any, float], Optimizer] | None = None
+    share: float = 1.0
     callbacks: list[TrainerCallback] = field(default_factory=list)
     search_seconds: float = 0.0
     notes: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from heterolora.bench.evidence.statistics import (
 )
 from heterolora.bench.harness import BenchError
 
-__all__ = ["BASELINE", "differences", "grouped", "markdown"]
+__all__ = ["BASELINE", "differences", "grouped", "markdown", "metric_of"]
 
 BASELINE = "uniform"
 
@@ -32,6 +32,7 @@ _HEADER = (
     "{metric} %",
     "{metric} − uniform",
     "s/step (CPU)",
+    "training time / uniform",
     "search s",
 )
 
@@ -50,14 +51,14 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
     compared = beyond = 0
     lines = []
     for (task, rank), arms in grouped(entries).items():
-        metric = _metric(arms)
+        metric = metric_of(arms)
         lines += [f"## {task}, the parameters of uniform rank {rank}", ""]
         header = [column for column in _HEADER if metric or "{metric}" not in column]
         lines.append(_row(column.format(metric=metric) for column in header))
         lines.append(_row(["---"] + ["---:"] * (len(header) - 1)))
         for arm in arms:
             found = differences(arm, arms)
-            lines.append(_row(_cells(arm, arms[arm], metric, found)))
+            lines.append(_row(_cells(arm, arms, metric, found)))
             judged = [d for d in found.values() if d is not None and d.low is not None]
             compared += len(judged)
             beyond += sum(d.beyond_noise for d in judged)
@@ -69,9 +70,8 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
         f"do not differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
         "Parameters are those of the adapter in use at the end; where more had been trained, or "
         "other numbers are saved, these follow. Beside it every arm trains the same head in full, "
-        "where the task has one. "
-        "A run that diverged has no loss and is left out of the means; the column of seeds says "
-        "so.",
+        "where the task has one. Training time is CPU time without search and evaluation. A run "
+        "that diverged has no loss and is left out of the means; the column of seeds says so.",
         "",
     ]
     return "\n".join(lines)
@@ -103,11 +103,11 @@ def differences(arm: str, arms: Mapping[str, Entries]) -> dict[str, Difference |
     arm less uniform; None for uniform itself, or without a common seed.
     """
     if arm == BASELINE:
-        return {key: None for key, _, _ in _measured(_metric(arms))}
+        return {key: None for key, _, _ in _measured(metric_of(arms))}
     plain = arms.get(BASELINE, [])
     return {
         key: paired_difference(_by_seed(arms[arm], key, unit), _by_seed(plain, key, unit))
-        for key, unit, _ in _measured(_metric(arms))
+        for key, unit, _ in _measured(metric_of(arms))
     }
 
 
@@ -117,8 +117,12 @@ def _measured(metric: str | None) -> list[tuple[str, float, int]]:
 
 
 def _cells(
-    arm: str, entries: Entries, metric: str | None, found: Mapping[str, Difference | None]
+    arm: str,
+    arms: Mapping[str, Entries],
+    metric: str | None,
+    found: Mapping[str, Difference | None],
 ) -> list[str]:
+    entries = arms[arm]
     good = [entry for entry in entries if not entry["result"]["diverged"]]
     seeds = str(len(good)) + (f" of {len(entries)}" if len(good) < len(entries) else "")
     rates = sorted({entry["run"]["learning_rate"] for entry in entries})
@@ -126,7 +130,11 @@ def _cells(
     steps = [e["result"]["seconds_per_step"]["cpu"] for e in entries]
     timed = [seconds for seconds in steps if seconds is not None]
     searched = fmean(entry["result"]["search_seconds"] for entry in entries)
-    tail = [f"{fmean(timed):.3f}" if timed else "", f"{searched:.1f}" if searched else ""]
+    tail = [
+        f"{fmean(timed):.3f}" if timed else "",
+        _relative_time(entries, arms.get(BASELINE, [])),
+        f"{searched:.1f}" if searched else "",
+    ]
     middle = []
     for key, unit, digits in _measured(metric):
         middle.append(_spread(list(_by_seed(entries, key, unit).values()), digits))
@@ -140,6 +148,18 @@ def _by_seed(entries: Entries, key: str, unit: float) -> dict[int, float]:
         for entry in entries
         if entry["result"][key] is not None
     }
+
+
+def _relative_time(entries: Entries, plain: Entries) -> str:
+    """CPU time of the training over uniform's, means over the seeds that both have."""
+    own, other = (
+        {entry["run"]["seed"]: entry["result"]["train_seconds"]["cpu"] for entry in of}
+        for of in (entries, plain)
+    )
+    seeds = own.keys() & other.keys()
+    if not seeds:
+        return ""
+    return f"{sum(own[seed] for seed in seeds) / sum(other[seed] for seed in seeds):.2f}"
 
 
 def _parameters(entries: Entries) -> str:
@@ -174,7 +194,8 @@ def _difference(found: Difference | None, digits: int) -> str:
     return f"**{text}**" if found.beyond_noise else text
 
 
-def _metric(arms: Mapping[str, Entries]) -> str | None:
+def metric_of(arms: Mapping[str, Entries]) -> str | None:
+    """Name of what the results say beside the loss, if anything."""
     first = next(iter(arms.values()))[0]["result"]
     return next((name for name in _METRICS if name in first), None)
 

@@ -85,16 +85,18 @@ class Trials:
 
         timer = _StepTimer()
         fusing = FuseCallback() if adapted.fused else None
+        optimizer = adapted.optimizer and adapted.optimizer(adapted.model, run.learning_rate)
         callbacks = [*adapted.callbacks, *([fusing] if fusing else []), timer]
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(
                 model=adapted.model,
-                args=_arguments(run, scratch),
+                args=_arguments(run, adapted.share, scratch),
                 data_collator=collate,
                 train_dataset=train,
                 processing_class=tokenizer,
                 callbacks=callbacks,
                 preprocess_logits_for_metrics=task.reduced,
+                optimizers=(optimizer, None),
             )
             trainer.remove_callback(PrinterCallback)
             training = _Clock()
@@ -144,11 +146,11 @@ class Trials:
         return [train[row] for row in sorted(order[cut:])], [train[row] for row in order[:cut]]
 
 
-def _arguments(run: Run, scratch: str) -> TrainingArguments:
+def _arguments(run: Run, share: float, scratch: str) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=scratch,
-        num_train_epochs=run.epochs,
+        num_train_epochs=run.epochs * share,
         learning_rate=run.learning_rate,
         per_device_train_batch_size=run.recipe.batch_size,
         per_device_eval_batch_size=TASKS[run.task].evaluated,

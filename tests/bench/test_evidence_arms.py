@@ -5,11 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evidence_runs import ROWS, a_run, save_sick, save_tiny_model
+from evidence_runs import ROWS, a_run, entry, save_sick, save_tiny_model
 
 from heterolora.bench.evidence import arms, outside
+from heterolora.bench.evidence.ablation import PARTS
 from heterolora.bench.evidence.arms import ARMS, allocated
+from heterolora.bench.evidence.config import Run
+from heterolora.bench.evidence.oracle import oracle
 from heterolora.bench.evidence.setting import Setting, adapter_parameters
+from heterolora.bench.evidence.store import Store
 from heterolora.bench.evidence.tasks import TASKS
 from heterolora.bench.evidence.trial import Trials
 from heterolora.bench.harness import BenchError
@@ -20,7 +24,8 @@ UNIT = 2 * (4 * 64 + 2 * 96)
 # On a model this small a step's time hardly depends on the ranks, so 0.6 of it cannot be had.
 TIMED = [name for name in ARMS if name.startswith("time-")]
 ABLATIONS = [name for name in ARMS if name.startswith(("alone-", "without-"))]
-UNTIMED = [name for name in ARMS if name not in (*TIMED, *ABLATIONS)]
+# Knows six layers, and the tiny model has two.
+UNTIMED = [name for name in ARMS if name not in (*TIMED, *ABLATIONS, "oracle-sick")]
 # One of each way to be built; the others run with the slow tests.
 FEW = (
     "uniform",
@@ -29,6 +34,7 @@ FEW = (
     "adalora",
     "dynamic-grad-norm",
     "shortcuts-searched",
+    "plus-short",
 )
 EACH = [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in UNTIMED]
 BUDGETED = [each for each in EACH if ARMS[each.values[0]].build is not outside.adalora]
@@ -65,7 +71,7 @@ def results(trials, model):
 @pytest.mark.parametrize("name", EACH)
 def test_every_arm_trains_and_is_measured(results, name):
     result = results[name]
-    assert result["steps"] == STEPS
+    assert result["steps"] == (math.ceil(0.6 * STEPS) if name.endswith("short") else STEPS)
     assert (result["train_rows"], result["test_rows"]) == (ROWS, ROWS)
     assert not result["diverged"] and 0 < result["loss"] < 3
     assert 0 <= result["accuracy"] <= 1
@@ -114,6 +120,33 @@ def test_ablations_adapt_one_module_or_all_others(results, model):
     assert all((alone[name] == 0) is (rank == 2) for name, rank in without.items())
     with pytest.raises(BenchError, match="no module 5-query"):
         ARMS["alone-5-query"].build(setting(model))
+
+
+def test_oracle_ranks_by_what_modules_were_worth_alone(model, tmp_path):
+    store = Store(tmp_path)
+    # Of modules of one size the value projections help most, the last most of all.
+    for part in PARTS:
+        loss = 1.0 - 0.1 * int(part[0]) if part.endswith("value") else 1.0
+        arm = f"alone-{part}"
+        store.save(Run(**{**a_run(model).__dict__, "arm": arm}), entry(arm, 0, loss)["result"], {})
+    adapted = oracle("sick", tmp_path)(setting(model))
+    # What it does not want is spent too, so others get some; the budget is of rank 2 everywhere.
+    ranks = adapted.ranks
+    assert max(ranks, key=ranks.__getitem__) == "bert.encoder.layer.1.attention.self.value"
+    assert max(ranks.values()) >= 8
+    assert adapter_parameters(adapted.model) <= 2 * UNIT
+    with pytest.raises(BenchError, match=r"no run on mrpc with bert\.encoder\.layer\.0"):
+        oracle("mrpc", tmp_path)(setting(model))
+
+
+def test_lora_plus_gives_b_four_times_the_rate(model):
+    adapted = ARMS["plus-short"].build(setting(model))
+    optimizer = adapted.optimizer(adapted.model, 0.01)
+    names = {id(parameter): name for name, parameter in adapted.model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    of = {part: {rates[n] for n in rates if part in n} for part in ("lora_A", "lora_B")}
+    assert of == {"lora_A": {0.01}, "lora_B": {0.04}}
+    assert ARMS["uniform"].build(setting(model)).optimizer is None
 
 
 def test_lora_higher_has_two_neighbouring_ranks(results, model):

@@ -200,7 +200,7 @@ def results():
 
 
 def test_a_table_and_pictures_without_a_metric(tmp_path):
-    text = tables(results())
+    text = tables([results()])
     assert f"## {NAME}, the parameters of uniform rank 2" in text
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     assert {len(line) for line in lines} == {len(lines[0])}
@@ -209,7 +209,8 @@ def test_a_table_and_pictures_without_a_metric(tmp_path):
     ((_, arms),) = grouped(results()).items()
     assert list(differences("uniform", arms)) == list(differences("grad-norm", arms)) == ["loss"]
     names = {path.name for path in write_pngs(results(), tmp_path)}
-    assert names == {f"{NAME}-rank2-differences.png", f"{NAME}-rank2-ranks.png"}
+    pictures = ("rank2-differences", "rank2-ranks", "costs")
+    assert names == {f"{NAME}-{picture}.png" for picture in pictures}
     assert _figures(results()[0]["result"]) == "loss 1.0000, 1 s"
 
 

@@ -7,11 +7,17 @@ import pytest
 from evidence_runs import entry
 
 from heterolora.bench import evidence
-from heterolora.bench.evidence.ablation import KINDS, PARTS, correlations, part_of
+from heterolora.bench.evidence.ablation import KINDS, PARTS, gains, part_of, predictions
 from heterolora.bench.evidence.ablation import markdown as ablation_table
 from heterolora.bench.evidence.arms import ARMS
 from heterolora.bench.evidence.command import BEGIN, END, tables, updated
-from heterolora.bench.evidence.pictures import _differences, _ranks, write_pngs
+from heterolora.bench.evidence.pictures import (
+    _costs,
+    _differences,
+    _ranks,
+    write_pngs,
+    write_predictions,
+)
 from heterolora.bench.evidence.statistics import (
     FEWEST,
     paired_difference,
@@ -125,7 +131,8 @@ def test_pictures_of_differences_and_ranks(tmp_path):
         for k, arm in enumerate(["uniform", "grad-norm", "spectral"])
     ]
     found = write_pngs(entries, tmp_path / "pictures")
-    assert [path.name for path in found] == ["sick-rank2-differences.png", "sick-rank2-ranks.png"]
+    names = ("rank2-differences", "rank2-ranks", "costs")
+    assert [path.name for path in found] == [f"sick-{name}.png" for name in names]
     (figure,) = [_differences("sick", arms) for arms in grouped(entries).values()]
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["grad-norm", "spectral"]
@@ -134,6 +141,12 @@ def test_pictures_of_differences_and_ranks(tmp_path):
     assert list(line.get_xdata()) == pytest.approx([0.02])
     texts = [text.get_text() for text in _ranks(grouped(entries)["sick", 2]).axes[0].texts]
     assert sorted(map(float, texts)) == sorted(map(float, ranks["uniform"].values()))
+    costs = _costs("sick", {2: grouped(entries)["sick", 2]})
+    _, labels = costs.axes[0].get_legend_handles_labels()
+    assert labels == ["uniform", "grad-norm", "spectral"]
+    for panel, x in zip(costs.axes, (100.0, 25.0), strict=True):
+        drawn = [line.get_xydata().tolist() for line in panel.lines if line.get_marker() == "o"]
+        assert drawn == [[[x, pytest.approx(80.0)]]] * 3
     with pytest.raises(BenchError, match="cannot be written"):
         write_pngs(entries, tmp_path / "pictures" / found[0].name / "below")
 
@@ -154,7 +167,7 @@ def test_rank_correlation_of_known_values():
         rank_correlation([1, 2], [1, 2])
 
 
-def test_scores_are_compared_with_what_modules_are_worth():
+def test_scores_are_compared_with_what_modules_are_worth(tmp_path):
     entries = []
     for k, part in enumerate(PARTS):
         for seed in (0, 1):
@@ -168,17 +181,31 @@ def test_scores_are_compared_with_what_modules_are_worth():
     entries.append(
         entry("grad-norm", 0, 1.0, scores={name: -score for name, score in good.items()})
     )
-    found = correlations(entries)
-    assert found["sick", "spectral"]["alone"].value == pytest.approx(1.0)
-    assert found["sick", "spectral"]["without"].value == pytest.approx(1.0)
-    assert found["sick", "grad-norm"]["alone"].value == pytest.approx(-1.0)
+    found = {(p.task, p.arm, p.way): p.correlation.value for p in predictions(entries)}
+    assert found == pytest.approx(
+        {
+            ("sick", "spectral", "alone"): 1.0,
+            ("sick", "spectral", "without"): 1.0,
+            ("sick", "grad-norm", "alone"): -1.0,
+            ("sick", "grad-norm", "without"): -1.0,
+        }
+    )
+    # The worst alone, and the one that is missed least, are worth nothing.
+    for way in ("alone", "without"):
+        expected = {part: 0.01 * k for k, part in enumerate(PARTS)}
+        assert gains(entries)["sick", way] == pytest.approx(expected)
     text = ablation_table(entries)
     assert "| sick | spectral | +1.00 [+1.00, +1.00] | +1.00 [+1.00, +1.00] | 36 |" in text
     assert ablation_table(entries[-2:]) == ""
+    written = write_predictions(predictions(entries), tmp_path)
+    assert [path.name for path in written] == ["sick-scores-alone.png", "sick-scores-without.png"]
 
 
 def test_the_page_is_made_of_the_results_beside_the_code():
     root = Path(evidence.__file__).resolve().parents[2]
     page = (root / "docs" / "evidence.md").read_text(encoding="utf-8")
-    entries = list(Store(root / "bench" / "evidence" / "results").tests())
-    assert updated(page, tables(entries)) == page
+    results = root / "bench" / "evidence" / "results"
+    # As in the page's own command: the folder of arms first.
+    names = sorted((folder.name for folder in results.iterdir()), reverse=True)
+    folders = [list(Store(results / name).tests()) for name in names]
+    assert updated(page, tables(folders)) == page
