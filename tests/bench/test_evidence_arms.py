@@ -71,7 +71,8 @@ def results(trials, model):
 @pytest.mark.parametrize("name", EACH)
 def test_every_arm_trains_and_is_measured(results, name):
     result = results[name]
-    assert result["steps"] == (math.ceil(0.6 * STEPS) if name.endswith("short") else STEPS)
+    share = {"short": 0.6, "plus-short": 0.6, "short-85": 0.85}.get(name, 1.0)
+    assert result["steps"] == math.ceil(share * STEPS)
     assert (result["train_rows"], result["test_rows"]) == (ROWS, ROWS)
     assert not result["diverged"] and 0 < result["loss"] < 3
     assert 0 <= result["accuracy"] <= 1
