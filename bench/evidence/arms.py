@@ -60,6 +60,7 @@ def allocated(
     *,
     on_off: bool = False,
     shortcuts: bool = False,
+    part: float = 1.0,
     step_time: float | None = None,
     **variant: Any,
 ) -> Callable[[Setting], Adapted]:
@@ -69,6 +70,7 @@ def allocated(
         proxy: as of `allocate`.
         on_off: a module has `ON_OFF` times the average rank or none.
         shortcuts: they compete for the budget, which stays that of the modules.
+        part: of the budget's parameters, so many are spent.
         step_time: a budget of time beside that of parameters, fitted to measured steps.
         variant: fields of `heterolora.Variant`.
     """
@@ -77,9 +79,10 @@ def allocated(
         budget = Budget(rank=setting.rank)
         if step_time is not None:
             budget = Budget(rank=setting.rank, step_time=step_time, measured=True)
-        if shortcuts:
+        if shortcuts or part < 1:
             plain = uniform(setting.model, setting.rank, setting.space)
-            budget = Budget(params=plain.parameters)
+            budget = Budget(params=int(part * plain.parameters))
+        if shortcuts:
             setting = replace(setting, space=replace(setting.space, shortcuts=KINDS))
         ranks = (0, ON_OFF * setting.rank) if on_off else None
         found = _search(setting, proxy, ranks, budget, variant=Variant(**variant))
@@ -266,6 +269,24 @@ ARMS: dict[str, Arm] = {
             "shortcuts",
             "modules and shortcuts by gradient norm, at uniform's parameters",
             allocated("grad-norm", shortcuts=True),
+        ),
+        Arm(
+            "quarter-random",
+            "uniform",
+            "random at a quarter of the parameters",
+            allocated("constant", part=0.25),
+        ),
+        Arm(
+            "quarter-grad-norm",
+            "uniform",
+            "grad-norm at a quarter of the parameters",
+            allocated("grad-norm", part=0.25),
+        ),
+        Arm(
+            "quarter-spectral-warm",
+            "uniform",
+            "spectral-warm at a quarter of the parameters",
+            allocated("spectral", part=0.25, head_steps=WARM),
         ),
         Arm(
             "time-grad-norm",
