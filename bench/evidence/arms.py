@@ -116,6 +116,10 @@ def _uniform(setting: Setting) -> Adapted:
     return onto(setting, uniform(setting.model, setting.rank, setting.space))
 
 
+def _unfused(setting: Setting) -> Adapted:
+    return replace(_uniform(setting), fused=False)
+
+
 def _varied(*, share: float = 1.0, plus: bool = False) -> Callable[[Setting], Adapted]:
     """Builds uniform ranks, to be trained for fewer steps or by LoRA+."""
 
@@ -177,6 +181,7 @@ ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("uniform", "uniform", "the same rank everywhere", _uniform),
+        Arm("peft", "uniform", "uniform, by PEFT's own layers", _unfused),
         Arm("random", "uniform", "ranks of equal scores", allocated("constant")),
         Arm(
             "random-onoff",
