@@ -38,6 +38,7 @@ KINDS = {
     "ffn-out": "output.dense",
 }
 PARTS = tuple(f"{layer}-{kind}" for layer in range(6) for kind in KINDS)
+_WAYS = {"alone": "with it alone", "without": "without it"}
 _ARM = re.compile(r"(alone|without)-(.+)")
 
 
@@ -110,8 +111,8 @@ def gains(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[st
     found = {}
     for (task, way), of in losses.items():
         means = {part: fmean(of[part]) for part in PARTS if part in of}
-        sign, worst = (-1.0, max(means.values())) if way == "alone" else (1.0, min(means.values()))
-        found[task, way] = {part: sign * (loss - worst) for part, loss in means.items()}
+        worst = max(means.values()) if way == "alone" else min(means.values())
+        found[task, way] = {part: abs(loss - worst) for part, loss in means.items()}
     return found
 
 
@@ -139,25 +140,43 @@ def predictions(entries: Sequence[Mapping[str, Any]]) -> list[Predictions]:
 
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the correlations of `predictions`; empty where no module was ablated."""
+    """Tables of `gains` and of the correlations of `predictions`; empty where no module was
+    ablated.
+    """
+    lines = []
+    for (task, way), worth in gains(entries).items():
+        lines += [
+            f"## What single modules are worth on {task}, {_WAYS[way]}",
+            "",
+            "Test loss, in nats, in units of 0.001.",
+            "",
+            f"| layer | {' | '.join(KINDS)} |",
+            "| ---: " * (1 + len(KINDS)) + "|",
+        ]
+        for layer in sorted({part[0] for part in worth}):
+            cells = [worth.get(f"{layer}-{kind}") for kind in KINDS]
+            numbers = ("" if cell is None else f"{1000 * cell:.0f}" for cell in cells)
+            lines.append(f"| {layer} | {' | '.join(numbers)} |")
+        lines.append("")
     found: dict[tuple[str, str], dict[str, Correlation]] = defaultdict(dict)
     for prediction in predictions(entries):
         found[prediction.task, prediction.arm][prediction.way] = prediction.correlation
     if not found:
-        return ""
-    lines = [
+        return "\n".join(lines)
+    ways = [way for way in _WAYS if any(way in of for of in found.values())]
+    lines += [
         "## What scores predict",
         "",
         "Spearman's correlation of a module's score with what it is worth, over the modules, with "
         "the 95 % interval of a bootstrap over them.",
         "",
-        "| task | scores of | with it alone | without it | modules |",
-        "| --- | --- | ---: | ---: | ---: |",
+        f"| task | scores of | {' | '.join(_WAYS[way] for way in ways)} | modules |",
+        f"| --- | --- | {'---: | ' * len(ways)}---: |",
     ]
-    for (task, arm), ways in found.items():
-        cells = [_cell(ways.get(way)) for way in ("alone", "without")]
-        count = max(way.count for way in ways.values())
-        lines.append(f"| {task} | {arm} | {cells[0]} | {cells[1]} | {count} |")
+    for (task, arm), of in found.items():
+        cells_of = " | ".join(_cell(of.get(way)) for way in ways)
+        count = max(way.count for way in of.values())
+        lines.append(f"| {task} | {arm} | {cells_of} | {count} |")
     return "\n".join([*lines, ""])
 
 

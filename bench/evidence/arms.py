@@ -311,8 +311,8 @@ ARMS: dict[str, Arm] = {
             "spectral-warm within 0.85 of uniform's step",
             allocated("spectral", step_time=0.85, head_steps=WARM),
         ),
-        Arm("short", "uniform", "uniform, 0.6 of the steps", _varied(share=SHORT)),
-        Arm("short-85", "uniform", "uniform, 0.85 of the steps", _varied(share=0.85)),
+        Arm("short", "short", "uniform, 0.6 of the steps", _varied(share=SHORT)),
+        Arm("short-85", "short", "uniform, 0.85 of the steps", _varied(share=0.85)),
         Arm("plus", "plus", "uniform, LoRA+ with 4 times the rate for B", _varied(plus=True)),
         Arm("plus-short", "plus", "the same, 0.6 of the steps", _varied(plus=True, share=SHORT)),
     )

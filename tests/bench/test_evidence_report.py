@@ -196,6 +196,7 @@ def test_scores_are_compared_with_what_modules_are_worth(tmp_path):
         assert gains(entries)["sick", way] == pytest.approx(expected)
     text = ablation_table(entries)
     assert "| sick | spectral | +1.00 [+1.00, +1.00] | +1.00 [+1.00, +1.00] | 36 |" in text
+    assert text.count("| 1 | 60 | 70 | 80 | 90 | 100 | 110 |") == 2
     assert ablation_table(entries[-2:]) == ""
     written = write_predictions(predictions(entries), tmp_path)
     assert [path.name for path in written] == ["sick-scores-alone.png", "sick-scores-without.png"]
