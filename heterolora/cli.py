@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 def _search(args: argparse.Namespace) -> int:
     from heterolora.figures import check_drawing
     from heterolora.report import rank_table, write_search_html
-    from heterolora.search import Budget, SearchSpace, Variant, allocate
+    from heterolora.search import Budget, SearchSpace, Variant, allocate, recommended
 
     if args.report is not None:
         check_drawing()
@@ -87,12 +87,9 @@ def _search(args: argparse.Namespace) -> int:
         ranks=options.ranks(args.ranks),
         shortcuts=options.shortcuts(args.shortcuts),
     )
-    variant = Variant(
-        head_steps=args.head_steps,
-        train_steps=args.train_steps,
-        floor=args.floor,
-        by_layer=args.by_layer,
-    )
+    wishes = {"head_steps": args.head_steps, "floor": args.floor, "train_steps": args.train_steps}
+    wished = {name: value for name, value in wishes.items() if value is not None}
+    variant, proxy = Variant(**wished, by_layer=args.by_layer), args.proxy
     _quiet_libraries()
     data, model = _load(args)
 
@@ -100,6 +97,10 @@ def _search(args: argparse.Namespace) -> int:
 
     from heterolora.data import batches
 
+    if proxy is None:
+        advice = recommended(model, budget, space)
+        proxy = advice["proxy"]
+        variant = replace(advice["variant"], **wished, by_layer=args.by_layer)
     feed = batches(data, count=args.batches, batch_size=args.batch_size, seed=args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     allocation = allocate(
@@ -107,7 +108,7 @@ def _search(args: argparse.Namespace) -> int:
         feed,
         budget=budget,
         shortcut_budget=None if own is None else Budget(rank=own),
-        proxy=args.proxy,
+        proxy=proxy,
         space=space,
         seed=args.seed,
         variant=variant,

@@ -118,24 +118,29 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     )
     search.add_argument(
         "--proxy",
-        default="grad-norm",
-        help="score: constant, grad-norm, snip, synflow, synflow-output, spectral, spectral-sigma",
+        help="score: constant, grad-norm, snip, synflow, synflow-output, spectral, spectral-sigma; "
+        "default: spectral with the head steps and the floor of docs/evidence.md",
     )
     search.add_argument(
         "--head-steps",
         type=int,
-        default=0,
         metavar="N",
-        help="train the classification head N steps before scoring; undone afterwards",
+        help="train the classification head N steps before scoring; undone afterwards "
+        "(default: 70 without --proxy, else 0)",
     )
     search.add_argument(
         "--train-steps",
         type=int,
-        default=0,
         metavar="N",
         help="score over N steps of training a uniform adapter, likewise undone",
     )
-    search.add_argument("--floor", type=int, default=0, metavar="R", help="least rank of a module")
+    search.add_argument(
+        "--floor",
+        type=int,
+        metavar="R",
+        help="least rank of a module (default: 1 without --proxy where the budget pays for rank 2 "
+        "everywhere, else 0)",
+    )
     search.add_argument(
         "--by-layer", action="store_true", help="every layer's scores add up to the same"
     )
@@ -153,7 +158,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         help="a budget of their own, as many as rank R on every one; otherwise they share one",
     )
     search.add_argument("--ranks", default="0,1,2,4,8,16,32", help="ranks to choose from")
-    search.add_argument("--batches", type=int, default=8, help="batches to score with")
+    search.add_argument("--batches", type=int, default=16, help="batches to score with")
     search.add_argument("--batch-size", type=int, default=32, help="rows a batch")
     search.add_argument("--out", default="allocation.json", help="where the allocation goes")
     search.add_argument(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +83,23 @@ def test_search_with_a_variant(
     assert (variant["head_steps"], variant["train_steps"], variant["floor"]) == (2, 1, 1)
     assert variant["by_layer"] is True
     assert min(result["ranks"].values()) == 1 < max(result["ranks"].values())
+
+
+def test_search_without_a_proxy_takes_what_the_evidence_recommends(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(options: str) -> dict[str, Any]:
+        assert cli.main(_filled(f"{SEARCH} {options} --json -", files, tmp_path)) == 0
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return result
+
+    result = found("--budget-rank 2")
+    assert result["proxy"] == "spectral"
+    assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (70, 1)
+    assert min(result["ranks"].values()) >= 1
+    # Rank 1 everywhere would be all that the budget buys.
+    result = found("--budget-rank 1 --head-steps 3")
+    assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (3, 0)
+    result = found("--budget-rank 2 --proxy grad-norm")
+    assert result["proxy"] == "grad-norm"
+    assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (0, 0)

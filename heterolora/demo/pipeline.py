@@ -38,16 +38,14 @@ class Recipe:
         rank: the budget is that of this rank on every candidate.
         target_modules: the candidates: all linear layers of the encoder. Not the pooler, which
             lies right under the untrained head and gets most of any gradient.
-        proxy: scores the modules for the searched arm.
-        scoring_batches: batches of the training split that the proxy sees.
+        scoring_batches: batches of the training split that the search sees.
         seeds: each arm is trained once for each.
         limit: at most this many rows of each split; None for all.
         rounds: timed rounds of the speed comparison.
     """
 
     rank: int = 2
-    proxy: str = "grad-norm"
-    scoring_batches: int = 8
+    scoring_batches: int = 16
     seeds: tuple[int, ...] = (0, 1)
     epochs: int = 2
     learning_rate: float = 2e-3
@@ -78,7 +76,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     from heterolora.figures import check_drawing
     from heterolora.models import load_model
     from heterolora.report import write_html
-    from heterolora.search import Budget, SearchSpace, allocate, uniform
+    from heterolora.search import Budget, SearchSpace, allocate, recommended, uniform
 
     recipe = (
         Recipe(seeds=(seed,), epochs=1, limit=96, rounds=1, logging_steps=1)
@@ -108,15 +106,17 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
 
     model, tokenizer = fresh(seed)
     data = tokenize(text, tokenizer, max_length=recipe.max_length)
-    _say(f"scoring every linear layer of the encoder with {recipe.proxy}")
+    budget = Budget(rank=recipe.rank)
+    advice = recommended(model, budget, space)
+    _say(f"scoring every linear layer of the encoder with {advice['proxy']}")
     feed = batches(data, count=recipe.scoring_batches, batch_size=recipe.batch_size, seed=seed)
     searched = allocate(
         model,
         feed,
-        budget=Budget(rank=recipe.rank),
-        proxy=recipe.proxy,
+        budget=budget,
         space=space,
         seed=seed,
+        **advice,
     )
     allocations = {"uniform": uniform(model, recipe.rank, space), "searched": searched}
     searched.save(output / "allocation.json")

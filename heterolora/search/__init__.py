@@ -8,6 +8,7 @@ from heterolora.search.budget import Budget
 from heterolora.search.export import save_enabled
 from heterolora.search.proxies import PROXIES
 from heterolora.search.rankings import ParameterCounts
+from heterolora.search.recommended import recommended
 from heterolora.search.space import SearchSpace
 from heterolora.search.static import allocate, uniform
 from heterolora.search.step_time import StepTime
@@ -27,6 +28,7 @@ __all__ = [
     "Variant",
     "adapt",
     "allocate",
+    "recommended",
     "save_enabled",
     "uniform",
 ]

@@ -1,0 +1,70 @@
+"""What `recommended` recommends for which model and budget."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from heterolora.search import Budget, SearchSpace, Variant, allocate, recommended
+
+ENCODER = r".*\.encoder\..*(query|key|value|dense)"
+
+
+@pytest.fixture(scope="module")
+def bert():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=3,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+        )
+    )
+
+
+def variant(model, budget, **space):
+    found = recommended(model, budget, SearchSpace(target_modules=None, **space))
+    assert found["proxy"] == "spectral"
+    return found["variant"]
+
+
+def test_a_head_is_warmed_where_there_is_one(bert, llama):
+    assert variant(bert, Budget(rank=4)) == Variant(head_steps=70, floor=1)
+    assert variant(llama, Budget(rank=4)) == Variant(floor=1)
+
+
+def test_a_floor_needs_a_budget_that_leaves_something_to_allocate(bert):
+    # Per layer four linears of 16 x 16 and two of 16 x 24, and the pooler.
+    unit = 2 * (4 * 32 + 2 * 40) + 32
+    assert variant(bert, Budget(rank=1)).floor == 0
+    assert variant(bert, Budget(params=2 * unit - 1)).floor == 0
+    assert variant(bert, Budget(params=2 * unit)).floor == 1
+    assert variant(bert, Budget(rank=4), ranks=(0, 16)).floor == 0
+    assert variant(bert, Budget(rank=4), shortcuts=("in-attn",)).floor == 0
+    assert variant(bert, Budget(rank=4, step_time=0.6)).floor == 0
+
+
+def test_allocate_takes_it(bert):
+    rows = torch.randint(0, 40, (2, 4, 6), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids, "labels": torch.arange(4) % 3} for ids in rows]
+    space = SearchSpace(target_modules=ENCODER)
+    budget = Budget(rank=2)
+    found = allocate(bert, batches, budget=budget, space=space, **recommended(bert, budget, space))
+    assert found.variant == Variant(head_steps=70, floor=1) and found.proxy == "spectral"
+    assert 1 == min(found.ranks.values()) < max(found.ranks.values())
+    assert found.parameters == found.budget_parameters
