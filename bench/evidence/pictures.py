@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from heterolora.bench.drawing import COLOURS, INK, panels
+from heterolora.bench.drawing import COLOURS, INK, panels, plain_log
 from heterolora.bench.evidence.ablation import KINDS, Predictions
 from heterolora.bench.evidence.statistics import Difference, spread
 from heterolora.bench.evidence.table import BASELINE, differences, grouped, metric_of
@@ -96,7 +96,8 @@ def _costs(task: str, of_rank: Mapping[int, Arms]) -> Figure:
                     x, y, error, label=name, marker=_MARKERS[number // 10 % len(_MARKERS)],
                     color=f"C{number % 10}", markersize=4.5, linewidth=1.0, elinewidth=0.8,
                 )  # fmt: skip
-    axes[0].set_xscale("log", base=2)
+    axes[0].set_xscale("log")
+    plain_log(axes[0].xaxis, [_enabled(next(iter(arms.values()))[0]) for arms in of_rank.values()])
     axes[0].set_xlabel("adapter parameters")
     axes[0].set_ylabel(f"test {key}, %" if metric else "test loss")
     axes[1].set_xlabel("CPU seconds of training")
