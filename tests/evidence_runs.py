@@ -13,6 +13,10 @@ ROWS = 48
 HEADER = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
 LABELS = ("NEUTRAL", "ENTAILMENT", "CONTRADICTION")
 
+# Of the steps, and of the budget, that an arm takes; all of it where it is not named.
+STEPS_TAKEN = {"short": 0.6, "plus-short": 0.6, "short-85": 0.85}
+BUDGET_SPENT = dict.fromkeys(("quarter-random", "quarter-grad-norm", "quarter-spectral-warm"), 0.25)
+
 
 def save_sick(data: Path, rows: int = ROWS) -> Path:
     """`data` with a folder sick whose labels follow from the words, and a quote in one sentence."""

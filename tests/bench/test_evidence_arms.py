@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evidence_runs import ROWS, a_run, entry, save_sick, save_tiny_model
+from evidence_runs import (
+    BUDGET_SPENT,
+    ROWS,
+    STEPS_TAKEN,
+    a_run,
+    entry,
+    save_sick,
+    save_tiny_model,
+)
 
 from heterolora.bench.evidence import arms, outside
 from heterolora.bench.evidence.ablation import PARTS
@@ -71,8 +79,7 @@ def results(trials, model):
 @pytest.mark.parametrize("name", EACH)
 def test_every_arm_trains_and_is_measured(results, name):
     result = results[name]
-    share = {"short": 0.6, "plus-short": 0.6, "short-85": 0.85}.get(name, 1.0)
-    assert result["steps"] == math.ceil(share * STEPS)
+    assert result["steps"] == math.ceil(STEPS * STEPS_TAKEN.get(name, 1))
     assert (result["train_rows"], result["test_rows"]) == (ROWS, ROWS)
     assert not result["diverged"] and 0 < result["loss"] < 3
     assert 0 <= result["accuracy"] <= 1
@@ -91,8 +98,7 @@ def test_parameters_are_within_the_budget(results, name):
     shortcuts = name in ("shortcuts-all", "lora-higher")
     # Seven shortcuts, as the first layer has no cross-ffn, of 64 parameters each.
     budget = 2 * UNIT + (2 * 7 * 64 if shortcuts else 0)
-    if name.startswith("quarter-"):
-        budget /= 4
+    budget *= BUDGET_SPENT.get(name, 1)
     assert 0.9 * budget < enabled <= budget
     if name in ("uniform", "random", "grad-norm", "shuffled", "shortcuts-all"):
         assert enabled == budget
