@@ -12,7 +12,7 @@ from torch import nn
 
 from heterolora.errors import ModelError, SearchSpaceError
 
-__all__ = ["Site", "find_sites", "head_names", "linear_sites", "task_type"]
+__all__ = ["Site", "find_sites", "head_modules", "head_names", "linear_sites", "task_type"]
 
 # What PEFT's task-specific model classes train in full by themselves, and so never adapt.
 _TASK_HEADS = {
@@ -81,6 +81,12 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
         return _TASK_HEADS.get(kind, ())
     children = dict(model.named_children())
     return tuple(name for name in _HEADS if name in children)
+
+
+def head_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `head_names`; none where the model has no head that is trained in full."""
+    names = head_names(model)
+    return [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
 
 
 def linear_sites(model: nn.Module) -> list[Site]:

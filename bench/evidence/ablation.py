@@ -130,7 +130,7 @@ def predictions(entries: Sequence[Mapping[str, Any]]) -> list[Predictions]:
     found = []
     worth = gains(entries)
     for (task, arm), of_part in sorted(scores.items()):
-        for way in ("alone", "without"):
+        for way in _WAYS:
             common = [part for part in worth.get((task, way), {}) if part in of_part]
             if len(common) > 2:
                 own = {part: fmean(of_part[part]) for part in common}

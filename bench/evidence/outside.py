@@ -13,7 +13,8 @@ from heterolora.search import uniform
 
 __all__ = ["AllocateRanks", "adalora", "eva", "lora_plus"]
 
-# Learning rate of B over that of A: the better of 4 and 8 in a first look at one seed of SICK-E.
+# Learning rate of B over that of A: one seed of SICK-E did better with 4 (at 1e-3) than
+# with 8 (at 5e-4).
 _PLUS = 4.0
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from heterolora.search.budget import Budget
 from heterolora.search.space import SearchSpace
 from heterolora.search.variant import Variant
-from heterolora.sites import find_sites, head_names
+from heterolora.sites import find_sites, head_modules
 
 __all__ = ["Recommended", "recommended"]
 
@@ -38,13 +38,11 @@ def recommended(model: nn.Module, budget: Budget, space: SearchSpace | None = No
         ModelError, SearchSpaceError: as `heterolora.allocate`.
     """
     space = space or SearchSpace()
-    names = head_names(model)
-    headed = any(name.rpartition(".")[2] in names for name, _ in model.named_modules())
     sites = find_sites(model, space.target_modules)
     plain = sum(site.unit_cost for site in sites)
     free = budget.step_time is None and not space.shortcuts
     floor = 1 if free and 1 in space.ranks and budget.parameters(sites) >= 2 * plain else 0
     return {
         "proxy": "spectral",
-        "variant": Variant(head_steps=_HEAD_STEPS if headed else 0, floor=floor),
+        "variant": Variant(head_steps=_HEAD_STEPS if head_modules(model) else 0, floor=floor),
     }

@@ -14,7 +14,7 @@ from heterolora.search.gains import averaged
 from heterolora.search.gradients import Batch, batch_loss, branch_factors, training_mode
 from heterolora.search.probe import Feed, tracked
 from heterolora.search.proxies import PROXIES
-from heterolora.sites import head_names
+from heterolora.sites import head_modules
 
 __all__ = ["SCORINGS", "Training", "Variant", "own_heads", "scored", "warmed_heads"]
 
@@ -81,13 +81,8 @@ def own_heads(model: nn.Module) -> list[nn.Parameter]:
     them; none where the model has no head that is trained in full.
     `heterolora.search.preserve.preserved` puts the originals back.
     """
-    heads = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in head_names(model)
-    ]
     copies: dict[int, nn.Parameter] = {}
-    for module in (part for head in heads for part in head.modules()):
+    for module in (part for head in head_modules(model) for part in head.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in copies:
                 copies[id(parameter)] = nn.Parameter(parameter.detach().clone())
