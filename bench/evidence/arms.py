@@ -47,12 +47,14 @@ class Arm:
         family: arms of one family train at the learning rate that `families` chose for it.
         about: a line for the list of arms.
         build: adapts the fresh model of a setting.
+        encoder: it trains a task head beforehand, or goes by the names of BERT's layers.
     """
 
     name: str
     family: str
     about: str
     build: Callable[[Setting], Adapted]
+    encoder: bool = False
 
 
 def allocated(
@@ -222,18 +224,21 @@ ARMS: dict[str, Arm] = {
             "uniform",
             "spectral gain after 70 steps of the head",
             allocated("spectral", head_steps=WARM),
+            encoder=True,
         ),
         Arm(
             "spectral-warm-floor",
             "uniform",
             "the same, and rank 1 at least",
             allocated("spectral", head_steps=WARM, floor=1),
+            encoder=True,
         ),
         Arm(
             "sigma-warm-floor",
             "uniform",
             "the same by sigma in place of its square",
             allocated("spectral-sigma", head_steps=WARM, floor=1),
+            encoder=True,
         ),
         Arm(
             "spectral-trained",
@@ -246,12 +251,14 @@ ARMS: dict[str, Arm] = {
             "uniform",
             "spectral-warm's scores dealt out anew",
             allocated("spectral", head_steps=WARM, shuffle=True),
+            encoder=True,
         ),
         Arm(
             "oracle-sick",
             "uniform",
             "ranks by what modules of SICK-E's ablation were worth alone, on its test rows",
             oracle("sick"),
+            encoder=True,
         ),
         Arm("eva", "eva", "PEFT's EVA, rho 2", outside.eva),
         Arm("adalora", "adalora", "PEFT's AdaLoRA, from twice the rank", outside.adalora),
@@ -292,6 +299,7 @@ ARMS: dict[str, Arm] = {
             "uniform",
             "spectral-warm at a quarter of the parameters",
             allocated("spectral", part=0.25, head_steps=WARM),
+            encoder=True,
         ),
         Arm(
             "time-grad-norm",
@@ -304,12 +312,14 @@ ARMS: dict[str, Arm] = {
             "uniform",
             "spectral-warm within 0.6 of uniform's step",
             allocated("spectral", step_time=SHORT, head_steps=WARM),
+            encoder=True,
         ),
         Arm(
             "time-85-spectral-warm",
             "uniform",
             "spectral-warm within 0.85 of uniform's step",
             allocated("spectral", step_time=0.85, head_steps=WARM),
+            encoder=True,
         ),
         Arm("short", "short", "uniform, 0.6 of the steps", _varied(share=SHORT)),
         Arm("short-85", "short", "uniform, 0.85 of the steps", _varied(share=0.85)),
@@ -319,12 +329,23 @@ ARMS: dict[str, Arm] = {
 }
 
 for _part in PARTS:
-    ARMS[f"alone-{_part}"] = Arm(
-        f"alone-{_part}", "alone", f"only {_part} is adapted", ablated(_part, alone=True)
-    )
-    ARMS[f"without-{_part}"] = Arm(
-        f"without-{_part}", "uniform", f"all but {_part} are adapted", ablated(_part, alone=False)
-    )
+    for _arm in (
+        Arm(
+            f"alone-{_part}",
+            "alone",
+            f"only {_part} is adapted",
+            ablated(_part, alone=True),
+            encoder=True,
+        ),
+        Arm(
+            f"without-{_part}",
+            "uniform",
+            f"all but {_part} are adapted",
+            ablated(_part, alone=False),
+            encoder=True,
+        ),
+    ):
+        ARMS[_arm.name] = _arm
 
 # The arm that chooses the learning rate of a family, where it is not the family's namesake.
 _REPRESENTATIVES = {

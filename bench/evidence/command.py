@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
     workers = 2 if args.workers is None else args.workers
     if workers < 1:
         raise BenchError(f"--workers must be at least 1, not {workers}")
-    _check(config, args.data)
+    _check(config, arms, args.data)
     store = Store(args.out)
     with terminable():
         try:
@@ -122,11 +122,19 @@ def _list(config: Config, arms: Sequence[str]) -> int:
     return 0
 
 
-def _check(config: Config, data: Path) -> None:
+def _check(config: Config, arms: Sequence[str], data: Path) -> None:
     """Before a worker is started, and all of it: a task may come hours later."""
+    from heterolora.bench.evidence.arms import ARMS
     from heterolora.bench.evidence.tasks import TASKS
+    from heterolora.bench.harness import BenchError
 
     for task in config.epochs:
+        unfit = [arm for arm in arms if ARMS[arm].encoder and not TASKS[task].encoder]
+        if unfit:
+            raise BenchError(
+                f"task {task} has a model without task head and BERT's layers, which these arms "
+                f"need: {', '.join(unfit)}; leave them out, or the task"
+            )
         TASKS[task].load(data)
     with _quiet():
         for task in config.epochs:

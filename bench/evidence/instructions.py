@@ -41,6 +41,7 @@ class Instructions(Task):
     # The logits of 8 x 128 tokens and 49,152 words are 201 MB in float32.
     evaluated: ClassVar[int] = 8
     adapts: ClassVar[str] = "a decoder like Llama's"
+    encoder: ClassVar[bool] = False
 
     def make(self, model: str, seed: int) -> tuple[Any, Any]:
         """(causal language model, tokenizer); all of it comes from the folder.

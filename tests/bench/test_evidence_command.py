@@ -181,6 +181,10 @@ def test_requests_that_make_no_sense(given, done, tmp_path):
     llama = save_tiny_model(tmp_path / "llama", "llama")
     with pytest.raises(ModelError, match="task sick adapts .* a BERT encoder"):
         command(*arguments(given, "--model", llama))
+    decoder = {**CONFIG, "epochs": {"alpaca-en-demo": 1}, "arms": ["uniform", "spectral-warm"]}
+    path.write_text(json.dumps(decoder))
+    with pytest.raises(BenchError, match="task alpaca-en-demo .* arms need: spectral-warm;"):
+        command(*arguments(given))
     assert done == []
 
 
