@@ -283,6 +283,19 @@ ARMS: dict[str, Arm] = {
             allocated("grad-norm", shortcuts=True),
         ),
         Arm(
+            "shortcuts-even",
+            "shortcuts",
+            "ranks of equal scores, 1 at least, of modules and shortcuts, at uniform's parameters",
+            allocated("constant", shortcuts=True, floor=1),
+        ),
+        Arm(
+            "shortcuts-spectral",
+            "shortcuts",
+            "the same by spectral gain after 70 steps of the head",
+            allocated("spectral", shortcuts=True, head_steps=WARM, floor=1),
+            encoder=True,
+        ),
+        Arm(
             "quarter-random",
             "uniform",
             "random at a quarter of the parameters",

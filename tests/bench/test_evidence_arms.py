@@ -167,7 +167,8 @@ def test_lora_higher_has_two_neighbouring_ranks(results, model):
 
 
 def test_shortcuts_are_trained_and_counted(results):
-    for name, least in (("shortcuts-all", 7), ("shortcuts-searched", 1)):
+    everywhere = ("shortcuts-all", "shortcuts-even", "shortcuts-spectral")
+    for name, least in (*((name, 7) for name in everywhere), ("shortcuts-searched", 1)):
         ranks = [rank for key, rank in results[name]["ranks"].items() if ":" in key]
         assert len(ranks) == 7 and sum(map(bool, ranks)) >= least
 
