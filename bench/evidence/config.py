@@ -104,7 +104,8 @@ def read_config(path: Path) -> Config:
         BenchError: no such file, not JSON, or a key that is missing, unknown or malformed.
     """
     shipped = SHIPPED / f"{path}.json"
-    found = shipped if not path.exists() and path.suffix == "" and shipped.is_file() else path
+    # A folder of that name, such as smollm2's of the model, is no configuration.
+    found = shipped if not path.is_file() and path.suffix == "" and shipped.is_file() else path
     try:
         given = json.loads(found.read_text(encoding="utf-8"))
     except OSError as error:
