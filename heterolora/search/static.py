@@ -55,6 +55,10 @@ def allocate(
     Where every rank would go to shortcuts, the module of the best score gets one of them: PEFT has
     no adapter without a module.
 
+    Processes do not talk to each other here, and other batches or step times would give each its
+    own ranks: for data parallel training allocate in one of them, or with the `heterolora search`
+    command, and have all `Allocation.load` what it saved.
+
     Args:
         model: any transformers model without an adapter, on the device to score on.
         batches: dicts that the model takes, labels included; consumed once, all of them
