@@ -15,7 +15,8 @@ LABELS = ("NEUTRAL", "ENTAILMENT", "CONTRADICTION")
 
 # Of the steps, and of the budget, that an arm takes; all of it where it is not named.
 STEPS_TAKEN = {"short": 0.6, "plus-short": 0.6, "short-85": 0.85}
-BUDGET_SPENT = dict.fromkeys(("quarter-random", "quarter-grad-norm", "quarter-spectral-warm"), 0.25)
+_QUARTERS = ("random", "grad-norm", "spectral-warm", "spectral-layers")
+BUDGET_SPENT = dict.fromkeys((f"quarter-{name}" for name in _QUARTERS), 0.25)
 
 
 def save_sick(data: Path, rows: int = ROWS) -> Path:

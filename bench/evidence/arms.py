@@ -315,6 +315,13 @@ ARMS: dict[str, Arm] = {
             encoder=True,
         ),
         Arm(
+            "quarter-spectral-layers",
+            "uniform",
+            "the same, every layer's total the same",
+            allocated("spectral", part=0.25, head_steps=WARM, by_layer=True),
+            encoder=True,
+        ),
+        Arm(
             "time-grad-norm",
             "uniform",
             "gradient norm within 0.6 of uniform's step",
