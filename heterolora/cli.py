@@ -87,9 +87,11 @@ def _search(args: argparse.Namespace) -> int:
         ranks=options.ranks(args.ranks),
         shortcuts=options.shortcuts(args.shortcuts),
     )
-    wishes = {"head_steps": args.head_steps, "floor": args.floor, "train_steps": args.train_steps}
+    wishes = {
+        name: getattr(args, name) for name in ("head_steps", "floor", "train_steps", "by_layer")
+    }
     wished = {name: value for name, value in wishes.items() if value is not None}
-    variant, proxy = Variant(**wished, by_layer=args.by_layer), args.proxy
+    variant, proxy = Variant(**wished), args.proxy
     _quiet_libraries()
     data, model = _load(args)
 
@@ -100,7 +102,7 @@ def _search(args: argparse.Namespace) -> int:
     if proxy is None:
         advice = recommended(model, budget, space)
         proxy = advice["proxy"]
-        variant = replace(advice["variant"], **wished, by_layer=args.by_layer)
+        variant = replace(advice["variant"], **wished)
     feed = batches(data, count=args.batches, batch_size=args.batch_size, seed=args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     allocation = allocate(

@@ -119,7 +119,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--proxy",
         help="score: constant, grad-norm, snip, synflow, synflow-output, spectral, spectral-sigma; "
-        "default: spectral with the head steps and the floor of docs/evidence.md",
+        "default: spectral in the variant that docs/evidence.md supports",
     )
     search.add_argument(
         "--head-steps",
@@ -142,7 +142,10 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         "everywhere, else 0)",
     )
     search.add_argument(
-        "--by-layer", action="store_true", help="every layer's scores add up to the same"
+        "--by-layer",
+        action=argparse.BooleanOptionalAction,
+        help="every layer's scores add up to the same (default: without --proxy where a budget of "
+        "parameters leaves no room for the floor)",
     )
     search.add_argument(
         "--shortcuts",

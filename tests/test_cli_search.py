@@ -100,6 +100,8 @@ def test_search_without_a_proxy_takes_what_the_evidence_recommends(
     # Rank 1 everywhere would be all that the budget buys.
     result = found("--budget-rank 1 --head-steps 3")
     assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (3, 0)
+    assert result["variant"]["by_layer"] is True
+    assert found("--budget-rank 1 --no-by-layer")["variant"]["by_layer"] is False
     result = found("--budget-rank 2 --proxy grad-norm")
     assert result["proxy"] == "grad-norm"
     assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (0, 0)

@@ -24,12 +24,14 @@ class Recommended(TypedDict):
 
 
 def recommended(model: nn.Module, budget: Budget, space: SearchSpace | None = None) -> Recommended:
-    """The proxy and variant that docs/evidence.md found no worse than uniform ranks:
+    """The proxy and variant that docs/evidence.md found no worse than uniform ranks, or where the
+    budget does not pay for these than random ones:
     ``allocate(model, batches, budget=budget, **recommended(model, budget))``.
 
-    Spectral gain; after 70 steps of the task head, where the model has one that is trained in full;
-    and rank 1 at least for every module, where the budget is of parameters for modules alone and
-    pays for rank 2 everywhere. Below that a floor would leave little or nothing to allocate.
+    Spectral gain; after 70 steps of the task head, where the model has one that is trained in full.
+    Ranks that concentrate on a few layers lose, so where the budget is of parameters for modules
+    alone every module gets rank 1 at least, if that leaves as much to allocate again, and otherwise
+    every layer's scores count for the same total.
 
     Args:
         model, budget, space: as of `heterolora.allocate`.
@@ -41,8 +43,12 @@ def recommended(model: nn.Module, budget: Budget, space: SearchSpace | None = No
     sites = find_sites(model, space.target_modules)
     plain = sum(site.unit_cost for site in sites)
     free = budget.step_time is None and not space.shortcuts
-    floor = 1 if free and 1 in space.ranks and budget.parameters(sites) >= 2 * plain else 0
+    floor = free and 1 in space.ranks and budget.parameters(sites) >= 2 * plain
     return {
         "proxy": "spectral",
-        "variant": Variant(head_steps=_HEAD_STEPS if head_modules(model) else 0, floor=floor),
+        "variant": Variant(
+            head_steps=_HEAD_STEPS if head_modules(model) else 0,
+            floor=int(floor),
+            by_layer=free and not floor,
+        ),
     }

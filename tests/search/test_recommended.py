@@ -51,12 +51,17 @@ def test_a_head_is_warmed_where_there_is_one(bert, llama):
 def test_a_floor_needs_a_budget_that_leaves_something_to_allocate(bert):
     # Per layer four linears of 16 x 16 and two of 16 x 24, and the pooler.
     unit = 2 * (4 * 32 + 2 * 40) + 32
-    assert variant(bert, Budget(rank=1)).floor == 0
-    assert variant(bert, Budget(params=2 * unit - 1)).floor == 0
-    assert variant(bert, Budget(params=2 * unit)).floor == 1
-    assert variant(bert, Budget(rank=4), ranks=(0, 16)).floor == 0
-    assert variant(bert, Budget(rank=4), shortcuts=("in-attn",)).floor == 0
-    assert variant(bert, Budget(rank=4, step_time=0.6)).floor == 0
+    spread = Variant(head_steps=70, by_layer=True)
+    assert variant(bert, Budget(rank=1)) == spread
+    assert variant(bert, Budget(params=2 * unit - 1)) == spread
+    assert variant(bert, Budget(params=2 * unit)) == Variant(head_steps=70, floor=1)
+    assert variant(bert, Budget(rank=4), ranks=(0, 16)) == spread
+
+
+def test_shortcuts_and_budgets_of_time_choose_among_layers(bert):
+    free = Variant(head_steps=70)
+    assert variant(bert, Budget(rank=4), shortcuts=("in-attn",)) == free
+    assert variant(bert, Budget(rank=4, step_time=0.6)) == free
 
 
 def test_allocate_takes_it(bert):
