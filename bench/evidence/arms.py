@@ -188,7 +188,7 @@ ARMS: dict[str, Arm] = {
         Arm(
             "random-onoff",
             "on-off",
-            "a random quarter of the modules at four times the rank",
+            "equal scores: some quarter of the parameters on, at four times the rank",
             allocated("constant", on_off=True),
         ),
         Arm("grad-norm", "uniform", "ranks by gradient norm", allocated("grad-norm")),
@@ -298,7 +298,7 @@ ARMS: dict[str, Arm] = {
         Arm(
             "quarter-random",
             "uniform",
-            "random at a quarter of the parameters",
+            "ranks of equal scores at a quarter of the parameters",
             allocated("constant", part=0.25),
         ),
         Arm(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["write_pngs", "write_predictions"]
 
 _MAPS_IN_A_ROW = 4
+_NAMES_IN_A_ROW = 5
 # Numbers side by side that can be read.
 _CELLS_IN_A_ROW = 32
 _MARKERS = "osD^"
@@ -80,8 +81,9 @@ def _costs(task: str, of_rank: Mapping[int, Arms]) -> Figure:
     """
     metric = metric_of(next(iter(of_rank.values())))
     key, unit = (metric, 100) if metric else ("loss", 1)
-    figure, axes = panels(3.4, columns=2, share_y=True)
     names = list(dict.fromkeys(arm for arms in of_rank.values() for arm in arms))
+    rows = -(-len(names) // _NAMES_IN_A_ROW)
+    figure, axes = panels(3.4 + 0.15 * rows, columns=2, share_y=True)
     for panel, of_entry in zip(axes, (_enabled, _training), strict=True):
         for number, name in enumerate(names):
             points: list[tuple[float, float, float]] = []
@@ -102,7 +104,12 @@ def _costs(task: str, of_rank: Mapping[int, Arms]) -> Figure:
     axes[0].set_ylabel(f"test {key}, %" if metric else "test loss")
     axes[1].set_xlabel("CPU seconds of training")
     figure.suptitle(task, x=0.01, ha="left", size=10, color=INK)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(names), _NAMES_IN_A_ROW),
+        fontsize=7,
+    )
     return figure
 
 

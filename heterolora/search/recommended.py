@@ -24,8 +24,8 @@ class Recommended(TypedDict):
 
 
 def recommended(model: nn.Module, budget: Budget, space: SearchSpace | None = None) -> Recommended:
-    """The proxy and variant that docs/evidence.md found no worse than uniform ranks, or where the
-    budget does not pay for these than random ones:
+    """The proxy and variant that docs/evidence.md found no worse than uniform ranks, or on a budget
+    that does not pay for these than ranks of equal scores:
     ``allocate(model, batches, budget=budget, **recommended(model, budget))``.
 
     Spectral gain; after 70 steps of the task head, where the model has one that is trained in full.
