@@ -145,7 +145,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         "--by-layer",
         action=argparse.BooleanOptionalAction,
         help="every layer's scores add up to the same (default: without --proxy where a budget of "
-        "parameters leaves no room for the floor)",
+        "parameters for modules alone comes without the floor)",
     )
     search.add_argument(
         "--shortcuts",

@@ -188,7 +188,7 @@ ARMS: dict[str, Arm] = {
         Arm(
             "random-onoff",
             "on-off",
-            "equal scores: some quarter of the parameters on, at four times the rank",
+            "equal scores: modules of a quarter of the size of all, at four times the rank",
             allocated("constant", on_off=True),
         ),
         Arm("grad-norm", "uniform", "ranks by gradient norm", allocated("grad-norm")),
@@ -349,23 +349,12 @@ ARMS: dict[str, Arm] = {
 }
 
 for _part in PARTS:
-    for _arm in (
-        Arm(
-            f"alone-{_part}",
-            "alone",
-            f"only {_part} is adapted",
-            ablated(_part, alone=True),
-            encoder=True,
-        ),
-        Arm(
-            f"without-{_part}",
-            "uniform",
-            f"all but {_part} are adapted",
-            ablated(_part, alone=False),
-            encoder=True,
-        ),
+    for _way, _family, _about in (
+        ("alone", "alone", f"only {_part} is adapted"),
+        ("without", "uniform", f"all but {_part} are adapted"),
     ):
-        ARMS[_arm.name] = _arm
+        _build = ablated(_part, alone=_way == "alone")
+        ARMS[f"{_way}-{_part}"] = Arm(f"{_way}-{_part}", _family, _about, _build, encoder=True)
 
 # The arm that chooses the learning rate of a family, where it is not the family's namesake.
 _REPRESENTATIVES = {
