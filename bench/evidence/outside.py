@@ -1,21 +1,45 @@
-"""What comes from PEFT: EVA, AdaLoRA, and the optimizer of LoRA+."""
+"""What comes from PEFT: its default modules, EVA, AdaLoRA, and the optimizer of LoRA+."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from heterolora.bench.evidence.setting import SCALING, Adapted, Setting
+from heterolora.bench.evidence.setting import SCALING, Adapted, Setting, onto
+from heterolora.bench.harness import BenchError
 from heterolora.search import uniform
 
-__all__ = ["AllocateRanks", "adalora", "eva", "lora_plus"]
+__all__ = ["AllocateRanks", "adalora", "eva", "lora_plus", "peft_targets"]
 
 # Learning rate of B over that of A: one seed of SICK-E did better with 4 (at 1e-3) than
 # with 8 (at 5e-4).
 _PLUS = 4.0
+
+
+def peft_targets(setting: Setting) -> Adapted:
+    """One rank on the modules that PEFT adapts where it is told none (query and value, mostly), the
+    highest that the budget pays for.
+
+    Raises:
+        BenchError: PEFT has no default for the model, or one rank exceeds the budget.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    plain = uniform(setting.model, setting.rank, setting.space)
+    endings = DEFAULTS.get(setting.model.config.model_type, ())
+    chosen = [name for name in plain.ranks if name.split(".")[-1] in endings]
+    cost = sum(plain.sites[name].unit_cost for name in chosen)
+    if not 0 < cost <= plain.budget_parameters:
+        raise BenchError(
+            f"the parameters of rank {setting.rank} pay for no rank of {len(chosen)} modules that "
+            "PEFT adapts by default; leave out the arm peft-targets"
+        )
+    ranks = dict.fromkeys(plain.ranks, 0) | dict.fromkeys(chosen, plain.budget_parameters // cost)
+    return onto(setting, replace(plain, ranks=ranks))
 
 
 def eva(setting: Setting) -> Adapted:
