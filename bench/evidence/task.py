@@ -149,9 +149,13 @@ class Task:
         values = logits.astype(np.float64)
         if not self.labels:
             predicted = values.reshape(-1)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                pearson = np.corrcoef(predicted, labels)[0, 1]
-            return {"loss": float(np.mean((predicted - labels) ** 2)), "pearson": float(pearson)}
+            # One prediction for all rows has no correlation, and says as little as one of 0.
+            constant = bool(np.all(predicted == predicted[0]))
+            # Of a run that diverged.
+            with np.errstate(invalid="ignore", over="ignore"):
+                pearson = 0.0 if constant else float(np.corrcoef(predicted, labels)[0, 1])
+                loss = float(np.mean((predicted - labels) ** 2))
+            return {"loss": loss, "pearson": pearson}
         top = values.max(axis=1, keepdims=True)
         logs = values - top - np.log(np.exp(values - top).sum(axis=1, keepdims=True))
         picked = logs[np.arange(len(labels)), labels.astype(np.int64)]

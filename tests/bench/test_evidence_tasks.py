@@ -193,8 +193,10 @@ def test_measures_of_scores():
     found = TASKS["stsb"].measure((2 * labels + 1)[:, None].astype(np.float32), labels)
     assert found["pearson"] == pytest.approx(1.0)
     assert found["loss"] == pytest.approx(np.mean((labels + 1) ** 2))
-    # Of a constant there is no correlation, and no warning either.
-    assert np.isnan(TASKS["stsb"].measure(np.ones((4, 1)), labels)["pearson"])
+    diverged = TASKS["stsb"].measure(np.array([[np.inf], [1.0], [2.0], [3.0]]), labels)
+    assert diverged["loss"] == np.inf and np.isnan(diverged["pearson"])
+    # numpy has no correlation of a constant, and a warning.
+    assert TASKS["stsb"].measure(np.ones((4, 1)), labels)["pearson"] == 0
 
 
 def test_a_regression_model_has_one_output_and_the_squared_error(tmp_path):
