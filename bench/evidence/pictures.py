@@ -15,7 +15,7 @@ from heterolora.bench.evidence.ablation import KINDS, Predictions
 from heterolora.bench.evidence.statistics import Difference, spread
 from heterolora.bench.evidence.table import BASELINE, differences, grouped, metric_of
 from heterolora.bench.harness import BenchError
-from heterolora.figures import layer_grid
+from heterolora.figures import Grid, layer_grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,44 +177,50 @@ def _interval(axes: Axes, row: int, found: Difference) -> None:
 
 
 def _ranks(arms: Arms) -> Figure:
-    """Mean rank over the seeds, a panel for each arm, on one scale."""
+    """Mean rank over the seeds, a panel for each arm, on one scale; those with shortcuts last."""
     maps = {arm: _mean_ranks(entries) for arm, entries in arms.items()}
-    names = {name: None for found in maps.values() for name in found}
-    grid = layer_grid(names)
-    height = 0.7 + 0.2 * len(grid.kinds)
+    own = {arm: layer_grid(found).kinds for arm, found in maps.items()}
+    names = sorted(maps, key=lambda arm: len(own[arm]))
+    grid = layer_grid(name for found in maps.values() for name in found)
     columns = max(1, min(_MAPS_IN_A_ROW, _CELLS_IN_A_ROW // len(grid.layers)))
-    rows = -(-len(maps) // columns)
-    figure, axes = panels(height * rows, rows, columns, share_y=True)
+    lines = [names[start : start + columns] for start in range(0, len(names), columns)]
+    kinds = [[k for k in grid.kinds if any(k in own[arm] for arm in line)] for line in lines]
+    heights = [0.7 + 0.2 * len(of_line) for of_line in kinds]
+    figure, axes = panels(sum(heights), len(lines), columns, share_y=True)
+    gridspec = axes[0].get_gridspec()
+    assert gridspec is not None
+    gridspec.set_height_ratios(heights)
     top = max(rank for found in maps.values() for rank in found.values())
-    for panel, (arm, ranks) in zip(axes, maps.items(), strict=False):
-        # The square root keeps ranks 1, 2 and 4 apart beside a 32.
-        cells = [
-            [
-                ranks.get(grid.cells.get((kind, layer), ""), float("nan")) ** 0.5
-                for layer in grid.layers
-            ]
-            for kind in grid.kinds
-        ]
-        panel.imshow(cells, cmap="viridis", vmin=0.0, vmax=top**0.5, aspect="auto")
-        panel.set_title(arm, size=8, color=INK)
-        panel.set_yticks(range(len(grid.kinds)), grid.kinds)
-        panel.set_xticks(
-            range(len(grid.layers)), ["–" if n is None else str(n) for n in grid.layers]
-        )
-        panel.tick_params(labelsize=6, length=0)
-        panel.grid(visible=False)
-        for y, kind in enumerate(grid.kinds):
-            for x, layer in enumerate(grid.layers):
-                name = grid.cells.get((kind, layer))
-                if name in ranks:
-                    dark = (ranks[name] / top) ** 0.5 < 0.6
-                    panel.text(
-                        x, y, f"{ranks[name]:.2g}", ha="center", va="center", size=5,
-                        color="white" if dark else "black",
-                    )  # fmt: skip
-    for panel in axes[len(maps) :]:
-        panel.set_visible(False)
+    for number, panel in enumerate(axes):
+        if number < len(names):
+            part = Grid(kinds[number // columns], grid.layers, grid.cells)
+            _rank_map(panel, part, maps[names[number]], top)
+            panel.set_title(names[number], size=8, color=INK)
+        else:
+            panel.set_visible(False)
     return figure
+
+
+def _rank_map(panel: Axes, grid: Grid, ranks: dict[str, float], top: float) -> None:
+    # The square root keeps ranks 1, 2 and 4 apart beside a 32.
+    cells = [
+        [ranks.get(grid.cells.get((kind, layer), ""), float("nan")) ** 0.5 for layer in grid.layers]
+        for kind in grid.kinds
+    ]
+    panel.imshow(cells, cmap="viridis", vmin=0.0, vmax=top**0.5, aspect="auto")
+    panel.set_yticks(range(len(grid.kinds)), grid.kinds)
+    panel.set_xticks(range(len(grid.layers)), ["–" if n is None else str(n) for n in grid.layers])
+    panel.tick_params(labelsize=6, length=0)
+    panel.grid(visible=False)
+    for y, kind in enumerate(grid.kinds):
+        for x, layer in enumerate(grid.layers):
+            name = grid.cells.get((kind, layer))
+            if name in ranks:
+                dark = (ranks[name] / top) ** 0.5 < 0.6
+                panel.text(
+                    x, y, f"{ranks[name]:.2g}", ha="center", va="center", size=5,
+                    color="white" if dark else "black",
+                )  # fmt: skip
 
 
 def _mean_ranks(entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
