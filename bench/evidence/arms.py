@@ -179,6 +179,13 @@ def _higher(setting: Setting) -> Adapted:
     return onto(setting, found)
 
 
+def _warm(
+    name: str, about: str, *, proxy: str = "spectral", family: str = "uniform", **options: Any
+) -> Arm:
+    """An arm that scores after `WARM` steps of the head, which a decoder does not have."""
+    return Arm(name, family, about, allocated(proxy, head_steps=WARM, **options), encoder=True)
+
+
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -225,26 +232,13 @@ ARMS: dict[str, Arm] = {
             "the same, and rank 1 at least",
             allocated("spectral", floor=1),
         ),
-        Arm(
-            "spectral-warm",
-            "uniform",
-            "spectral gain after 70 steps of the head",
-            allocated("spectral", head_steps=WARM),
-            encoder=True,
-        ),
-        Arm(
-            "spectral-warm-floor",
-            "uniform",
-            "the same, and rank 1 at least",
-            allocated("spectral", head_steps=WARM, floor=1),
-            encoder=True,
-        ),
-        Arm(
+        _warm("spectral-warm", "spectral gain after 70 steps of the head"),
+        _warm("spectral-warm-floor", "the same, and rank 1 at least", floor=1),
+        _warm(
             "sigma-warm-floor",
-            "uniform",
             "the same by sigma in place of its square",
-            allocated("spectral-sigma", head_steps=WARM, floor=1),
-            encoder=True,
+            proxy="spectral-sigma",
+            floor=1,
         ),
         Arm(
             "spectral-trained",
@@ -252,13 +246,7 @@ ARMS: dict[str, Arm] = {
             "spectral gain, the mean over 40 training steps",
             allocated("spectral", train_steps=40),
         ),
-        Arm(
-            "shuffled",
-            "uniform",
-            "spectral-warm's scores dealt out anew",
-            allocated("spectral", head_steps=WARM, shuffle=True),
-            encoder=True,
-        ),
+        _warm("shuffled", "spectral-warm's scores dealt out anew", shuffle=True),
         Arm(
             "oracle-sick",
             "uniform",
@@ -294,12 +282,12 @@ ARMS: dict[str, Arm] = {
             "ranks of equal scores, 1 at least, of modules and shortcuts, at uniform's parameters",
             allocated("constant", shortcuts=True, floor=1),
         ),
-        Arm(
+        _warm(
             "shortcuts-spectral",
-            "shortcuts",
             "the same by spectral gain after 70 steps of the head",
-            allocated("spectral", shortcuts=True, head_steps=WARM, floor=1),
-            encoder=True,
+            family="shortcuts",
+            shortcuts=True,
+            floor=1,
         ),
         Arm(
             "quarter-random",
@@ -313,19 +301,12 @@ ARMS: dict[str, Arm] = {
             "grad-norm at a quarter of the parameters",
             allocated("grad-norm", part=0.25),
         ),
-        Arm(
-            "quarter-spectral-warm",
-            "uniform",
-            "spectral-warm at a quarter of the parameters",
-            allocated("spectral", part=0.25, head_steps=WARM),
-            encoder=True,
-        ),
-        Arm(
+        _warm("quarter-spectral-warm", "spectral-warm at a quarter of the parameters", part=0.25),
+        _warm(
             "quarter-spectral-layers",
-            "uniform",
             "the same, every layer's total the same",
-            allocated("spectral", part=0.25, head_steps=WARM, by_layer=True),
-            encoder=True,
+            part=0.25,
+            by_layer=True,
         ),
         Arm(
             "time-grad-norm",
@@ -333,19 +314,9 @@ ARMS: dict[str, Arm] = {
             "gradient norm within 0.6 of uniform's step",
             allocated("grad-norm", step_time=SHORT),
         ),
-        Arm(
-            "time-spectral-warm",
-            "uniform",
-            "spectral-warm within 0.6 of uniform's step",
-            allocated("spectral", step_time=SHORT, head_steps=WARM),
-            encoder=True,
-        ),
-        Arm(
-            "time-85-spectral-warm",
-            "uniform",
-            "spectral-warm within 0.85 of uniform's step",
-            allocated("spectral", step_time=0.85, head_steps=WARM),
-            encoder=True,
+        _warm("time-spectral-warm", "spectral-warm within 0.6 of uniform's step", step_time=SHORT),
+        _warm(
+            "time-85-spectral-warm", "spectral-warm within 0.85 of uniform's step", step_time=0.85
         ),
         Arm("short", "short", "uniform, 0.6 of the steps", _varied(share=SHORT)),
         # 0.6 of the steps were measured to take 0.62 of the time.
