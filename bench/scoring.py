@@ -22,9 +22,9 @@ from heterolora.bench.parity import (
     verdict,
 )
 from heterolora.bench.steps import SEED, Step, Workload, with_adapters
-from heterolora.search.probe import draw_b
-from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, branch_factors
-from heterolora.search.scoring import Scorer
+from heterolora.search.scores.backward import Scorer
+from heterolora.search.scores.probe import draw_b
+from heterolora.search.scores.proxies import NEEDS_NONZERO_B, PROXIES, branch_factors
 
 __all__ = ["PlainStep", "ScoringStep", "build_step", "check_parity"]
 

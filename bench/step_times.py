@@ -28,9 +28,9 @@ from heterolora.bench.reviews import TrainingLoad, minilm
 from heterolora.bench.steps import Inputs, twin
 from heterolora.errors import HeteroLoraError
 from heterolora.search import Budget, SearchSpace, allocate, uniform
-from heterolora.search.step_fit import calibrated, samples
-from heterolora.search.step_time import StepTime
-from heterolora.search.time_budget import TimeBudget
+from heterolora.search.step_time.fit import calibrated, samples
+from heterolora.search.step_time.model import StepTime
+from heterolora.search.step_time.spend import TimeBudget
 from heterolora.sites import find_sites
 
 __all__ = ["Row", "allocations", "main", "table"]

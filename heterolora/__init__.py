@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from heterolora import errors, kernels
     from heterolora.io import load_adapter, save_adapter
     from heterolora.search import Allocation, Budget, SearchSpace, Variant, adapt, allocate
-    from heterolora.search.dynamic import DynamicSearchCallback
+    from heterolora.search.dynamic.callback import DynamicSearchCallback
     from heterolora.shortcut_checkpoints import ShortcutCallback
     from heterolora.shortcuts import add_shortcuts, remove_shortcuts
     from heterolora.trainers import GraphedTrainer
@@ -48,7 +48,7 @@ __all__ = [
 _HOME = {
     "Allocation": "search",
     "Budget": "search",
-    "DynamicSearchCallback": "search.dynamic",
+    "DynamicSearchCallback": "search",
     "FuseCallback": "training",
     "GraphedTrainer": "trainers",
     "SearchSpace": "search",

@@ -32,7 +32,7 @@ from heterolora.own_base import observed, output_reason, run_base
 
 if TYPE_CHECKING:
     from heterolora.attachments import Attachment
-    from heterolora.search.scoring import Scorer
+    from heterolora.search.scores.backward import Scorer
 
 __all__ = ["Fusion", "Group", "Member"]
 

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from heterolora import Budget, DynamicSearchCallback
 from heterolora.errors import ScoreError
-from heterolora.search.proxies import PROXIES
-from heterolora.search.samples import agreed_scores
+from heterolora.search.dynamic.samples import agreed_scores
+from heterolora.search.scores.proxies import PROXIES
 from heterolora.training import FuseCallback
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

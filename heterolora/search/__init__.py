@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Any
 from heterolora.search.adapt import adapt
 from heterolora.search.allocation import Allocation
 from heterolora.search.budget import Budget
-from heterolora.search.export import save_enabled
-from heterolora.search.proxies import PROXIES
-from heterolora.search.rankings import ParameterCounts
+from heterolora.search.dynamic.export import save_enabled
+from heterolora.search.dynamic.rankings import ParameterCounts
 from heterolora.search.recommended import recommended
+from heterolora.search.scores.proxies import PROXIES
 from heterolora.search.space import SearchSpace
 from heterolora.search.static import allocate, uniform
-from heterolora.search.step_time import StepTime
+from heterolora.search.step_time.model import StepTime
 from heterolora.search.variant import Variant
 
 if TYPE_CHECKING:
-    from heterolora.search.dynamic import DynamicSearchCallback
+    from heterolora.search.dynamic.callback import DynamicSearchCallback
 
 __all__ = [
     "PROXIES",
@@ -37,7 +37,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Transformers takes a second to import, and only this needs its Trainer.
     if name == "DynamicSearchCallback":
-        from heterolora.search.dynamic import DynamicSearchCallback
+        from heterolora.search.dynamic.callback import DynamicSearchCallback
 
         return DynamicSearchCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

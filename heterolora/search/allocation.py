@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heterolora.attachments import Candidate
-from heterolora.search.rankings import ParameterCounts
+from heterolora.search.dynamic.rankings import ParameterCounts
 from heterolora.search.variant import Variant
 from heterolora.sites import Site
 

@@ -19,12 +19,12 @@ from heterolora.search.budget import Budget, Priced
 from heterolora.search.gains import shuffled
 from heterolora.search.pools import choose_ranks, make_pools
 from heterolora.search.preserve import preserved, seeded
-from heterolora.search.probe import Feed, attach, draw_b, rank_to_probe, timed_step
-from heterolora.search.proxies import NEEDS_NONZERO_B, PROXIES, UNFUSED, Batch
+from heterolora.search.scores.probe import Feed, attach, draw_b, rank_to_probe, timed_step
+from heterolora.search.scores.proxies import NEEDS_NONZERO_B, PROXIES, UNFUSED, Batch
 from heterolora.search.space import SearchSpace
-from heterolora.search.step_fit import calibrated
-from heterolora.search.step_time import StepTime
-from heterolora.search.time_budget import TimeBudget
+from heterolora.search.step_time.fit import calibrated
+from heterolora.search.step_time.model import StepTime
+from heterolora.search.step_time.spend import TimeBudget
 from heterolora.search.variant import Variant, scored, warmed_heads
 from heterolora.shortcuts import add_shortcuts, shortcut_candidates
 from heterolora.sites import Site, find_sites, head_names, task_type

@@ -11,9 +11,9 @@ from torch import nn
 
 from heterolora.errors import SearchSpaceError
 from heterolora.search.gains import averaged
-from heterolora.search.gradients import Batch, batch_loss, branch_factors, training_mode
-from heterolora.search.probe import Feed, tracked
-from heterolora.search.proxies import PROXIES
+from heterolora.search.scores.gradients import Batch, batch_loss, branch_factors, training_mode
+from heterolora.search.scores.probe import Feed, tracked
+from heterolora.search.scores.proxies import PROXIES
 from heterolora.sites import head_modules
 
 __all__ = ["SCORINGS", "Training", "Variant", "own_heads", "scored", "warmed_heads"]

@@ -8,7 +8,7 @@ from heterolora.bench import scoring
 from heterolora.bench.parity import OpCalls
 from heterolora.bench.steps import twin, uniform_ranks
 from heterolora.bench.workloads import bert
-from heterolora.search.proxies import branch_factors
+from heterolora.search.scores.proxies import branch_factors
 
 LAYERS = 2
 # q, k and v read one x; the attention output, up and down read one each.

@@ -11,7 +11,7 @@ from shortcut_models import FAMILIES, FEW, decoder_targets, plain, with_shortcut
 import heterolora
 from heterolora import binding
 from heterolora.kernels.dispatch import Choice
-from heterolora.search.proxies import PROXIES
+from heterolora.search.scores.proxies import PROXIES
 
 
 def _added(ops):

@@ -287,7 +287,7 @@ def test_graphed_trainer_runs_its_steps_without_graphs(tmp_path, caplog):
 
 
 def test_batches_are_the_same_for_the_same_seed_whatever_came_before(tmp_path):
-    from heterolora.search.samples import Samples
+    from heterolora.search.dynamic.samples import Samples
 
     loader = make_trainer(make_model(), tmp_path, []).get_train_dataloader()
     fixed, fresh = Samples(3, fresh=False), Samples(3, fresh=True)

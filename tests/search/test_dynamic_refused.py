@@ -10,7 +10,7 @@ from search_runs import HALF, QUICK, R, Stop, make_model, make_trainer, run
 from heterolora import Budget, DynamicSearchCallback
 from heterolora.errors import BudgetError, DataError, ScoreError, SearchSpaceError, TrainingError
 from heterolora.masks import parked_count
-from heterolora.search.masks_file import FILE_NAME
+from heterolora.search.dynamic.masks_file import FILE_NAME
 
 
 @pytest.mark.parametrize(

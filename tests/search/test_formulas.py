@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from heterolora.search.budget import log_gains, solve
-from heterolora.search.probe import draw_b
-from heterolora.search.proxies import PROXIES
+from heterolora.search.scores.probe import draw_b
+from heterolora.search.scores.proxies import PROXIES
 from heterolora.sites import Site
 
 MODULES = ["q_proj", "v_proj", "fc1"]

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from heterolora.errors import DataError, DegenerateScoreError, ModelError, ScoreError
-from heterolora.search.probe import PROBE_B_STD, draw_b
-from heterolora.search.proxies import PROXIES, constant, grad_norm, snip, synflow
+from heterolora.search.scores.probe import PROBE_B_STD, draw_b
+from heterolora.search.scores.proxies import PROXIES, constant, grad_norm, snip, synflow
 
 MODELS = ["bert", "opt"]
 

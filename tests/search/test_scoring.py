@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from heterolora import fuse
 from heterolora.errors import ScoreError
-from heterolora.search.probe import draw_b
-from heterolora.search.proxies import PROXIES, branch_factors
-from heterolora.search.scoring import with_last
+from heterolora.search.scores.backward import with_last
+from heterolora.search.scores.probe import draw_b
+from heterolora.search.scores.proxies import PROXIES, branch_factors
 
 GRADIENT_PROXIES = ["grad-norm", "snip"]
 

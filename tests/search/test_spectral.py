@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heterolora import Budget, allocate, fuse
 from heterolora.errors import DataError, DegenerateScoreError
 from heterolora.search import SearchSpace
-from heterolora.search.probe import SKETCH_RANK, draw_b
-from heterolora.search.proxies import PROXIES
+from heterolora.search.scores.probe import SKETCH_RANK, draw_b
+from heterolora.search.scores.proxies import PROXIES
 
 MODULES = ["q_proj", "v_proj", "fc1"]
 WIDTH = 32

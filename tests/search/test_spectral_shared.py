@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from search_runs import HALF, make_model, make_trainer
 
 from heterolora import DynamicSearchCallback
+from heterolora.search.dynamic.samples import agreed_scores
 from heterolora.search.gains import Gains
-from heterolora.search.proxies import PROXIES
-from heterolora.search.samples import agreed_scores
+from heterolora.search.scores.proxies import PROXIES
 
 
 def adapted(subject):

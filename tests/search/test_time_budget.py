@@ -8,10 +8,11 @@ from helpers import batch_for, build
 
 from heterolora.errors import BudgetError, DegenerateScoreError
 from heterolora.kernels.devices import CPU, device_for
-from heterolora.search import Budget, DynamicSearchCallback, SearchSpace, allocate, time_budget
+from heterolora.search import Budget, DynamicSearchCallback, SearchSpace, allocate
 from heterolora.search.budget import log_gains, normalise
-from heterolora.search.step_time import StepTime
-from heterolora.search.time_budget import TimeBudget
+from heterolora.search.step_time import spend
+from heterolora.search.step_time.model import StepTime
+from heterolora.search.step_time.spend import TimeBudget
 from heterolora.sites import find_sites
 
 TARGETS = ["query", "key", "value"]
@@ -74,7 +75,7 @@ def test_equals_enumeration_within_both_limits(case, every, share, rank):
 
 
 def test_cut_into_parts_a_group_stays_within_the_limits(case, monkeypatch):
-    monkeypatch.setattr(time_budget, "_MAX_OPTIONS", 9)
+    monkeypatch.setattr(spend, "_MAX_OPTIONS", 9)
     step, sites, scores = case
     clock = TimeBudget(Budget(step_time=0.95), step, sites, RANKS)
     assert len(clock._parts) == 4

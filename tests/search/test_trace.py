@@ -9,7 +9,7 @@ import transformers
 from helpers import batch_for, build, with_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heterolora.search.trace import trace
+from heterolora.search.step_time.trace import trace
 from heterolora.sites import find_sites
 
 CHAINS = ("bert", "roberta", "distilbert", "opt", "gpt2", "llama", "qwen3", "gemma", "vit")

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from torch import nn
 
-from heterolora.search.gradients import (
+from heterolora.search.scores.gradients import (
     Batch,
     Reduce,
     batch_loss,
@@ -31,8 +31,8 @@ from heterolora.search.gradients import (
     require_nonzero_b,
     saliency,
 )
-from heterolora.search.spectral import spectral, spectral_sigma
-from heterolora.search.synflow import synflow, synflow_output
+from heterolora.search.scores.spectral import spectral, spectral_sigma
+from heterolora.search.scores.synflow import synflow, synflow_output
 
 __all__ = [
     "NEEDS_NONZERO_B",

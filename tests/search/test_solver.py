@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterolora.search.timed import Item, solve_with_cut
+from heterolora.search.step_time.solver import Item, solve_with_cut
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=80)
 settings.load_profile("fixed")

@@ -7,10 +7,10 @@ and for each adapted group what its adapters add::
 
 The cut is the first group, in order of execution, with a rank above 0. Autograd stops there: the
 group itself needs no gradient of its input, and below it there is only the forward pass. The
-operations come from one traced pass (:mod:`heterolora.search.trace`), their times from the cost
-model of the kernels (:mod:`heterolora.kernels.cost`), the path of a group from dispatch. Relative
-to uniform LoRA most of what the model leaves out cancels; what does not is fitted to measured steps
-(:mod:`heterolora.search.step_fit`).
+operations come from one traced pass (:mod:`heterolora.search.step_time.trace`), their times from
+the cost model of the kernels (:mod:`heterolora.kernels.cost`), the path of a group from dispatch.
+Relative to uniform LoRA most of what the model leaves out cancels; what does not is fitted to
+measured steps (:mod:`heterolora.search.step_time.fit`).
 
 Taken to be needed although it is not: gradients of operations that are executed after the cut but
 depend on nothing that is adapted, such as the first self-attention of a decoder where only the
@@ -33,8 +33,8 @@ from heterolora.kernels.cost import LowRank, Problem, Step, estimate, load_of
 from heterolora.kernels.devices import Device
 from heterolora.kernels.dispatch import decide, known, triton_reason
 from heterolora.kernels.measured import Tuned
-from heterolora.search.proxies import Batch, model_device
-from heterolora.search.trace import Group, Trace, trace
+from heterolora.search.scores.proxies import Batch, model_device
+from heterolora.search.step_time.trace import Group, Trace, trace
 from heterolora.sites import Site, find_sites
 
 __all__ = ["Calibration", "StepTime"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from heterolora.errors import DataError, DegenerateScoreError, ModelError, ScoreError
 from heterolora.kernels.spec import BranchScore
-from heterolora.search.scoring import Scorer, fused, with_last
+from heterolora.search.scores.backward import Scorer, fused, with_last
 from heterolora.shortcuts import Shortcuts
 
 __all__ = [

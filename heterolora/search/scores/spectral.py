@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from heterolora.search.gains import Gains
-from heterolora.search.gradients import (
+from heterolora.search.scores.gradients import (
     Batch,
     Reduce,
     branch_factors,
@@ -46,7 +46,7 @@ def spectral(model: nn.Module, batches: Iterable[Batch], *, reduce: Reduce | Non
     it has learned to see. An adapter of rank k or more shows G exactly.
 
     Raises:
-        DataError, ModelError, ScoreError: as `heterolora.search.gradients.batch_loss`.
+        DataError, ModelError, ScoreError: as `heterolora.search.scores.gradients.batch_loss`.
     """
     return Gains(
         {n: sigma.square().tolist() for n, sigma in _sigma(model, batches, reduce).items()}
@@ -60,7 +60,7 @@ def spectral_sigma(
     gain to first order (the nuclear norm), as those of Adam nearly are. Flatter.
 
     Raises:
-        DataError, ModelError, ScoreError: as `heterolora.search.gradients.batch_loss`.
+        DataError, ModelError, ScoreError: as `heterolora.search.scores.gradients.batch_loss`.
     """
     return Gains({n: sigma.tolist() for n, sigma in _sigma(model, batches, reduce).items()})
 

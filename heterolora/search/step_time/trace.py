@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from heterolora.kernels.cost import Step
 from heterolora.kernels.cost_steps import Matmul, Problem
 from heterolora.search.preserve import preserved, seeded
-from heterolora.search.proxies import Batch, batch_loss
+from heterolora.search.scores.proxies import Batch, batch_loss
 from heterolora.sites import Site, head_names
 
 __all__ = ["Group", "Trace", "trace"]
@@ -84,7 +84,7 @@ def trace(
         factor_itemsize: bytes of an element of the adapters; PEFT keeps them in float32.
 
     Raises:
-        DataError, ModelError, ScoreError: as `heterolora.search.proxies.batch_loss`.
+        DataError, ModelError, ScoreError: as `heterolora.search.scores.proxies.batch_loss`.
     """
     with preserved(model), seeded(0), torch.enable_grad():
         heads = head_names(model)

@@ -15,9 +15,9 @@ from torch import nn
 
 from heterolora.fuse import fuse
 from heterolora.search.preserve import preserved, seeded
-from heterolora.search.probe import attach, progress, timed_step
-from heterolora.search.proxies import Batch, model_device
-from heterolora.search.step_time import Calibration, StepTime
+from heterolora.search.scores.probe import attach, progress, timed_step
+from heterolora.search.scores.proxies import Batch, model_device
+from heterolora.search.step_time.model import Calibration, StepTime
 
 if TYPE_CHECKING:
     from heterolora.search.allocation import Allocation

@@ -13,15 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from heterolora.errors import BudgetError, ModelError, SearchSpaceError, TrainingError
 from heterolora.masks import RankMasks, parked_count
 from heterolora.search.budget import Budget, Priced
-from heterolora.search.masks_file import SavedSearch, read_search, write_search
+from heterolora.search.dynamic.masks_file import SavedSearch, read_search, write_search
+from heterolora.search.dynamic.rankings import ParameterCounts, Ranking
+from heterolora.search.dynamic.samples import Samples, agreed_scores, derived_seed
+from heterolora.search.dynamic.surroundings import dynamic_reason, length, unwrapped
 from heterolora.search.pools import Pool, choose_ranks, make_pools
 from heterolora.search.preserve import buffers_kept, seeded
-from heterolora.search.probe import nonzero_b
-from heterolora.search.proxies import PROXIES, Batch
-from heterolora.search.rankings import ParameterCounts, Ranking
-from heterolora.search.samples import Samples, agreed_scores, derived_seed
+from heterolora.search.scores.probe import nonzero_b
+from heterolora.search.scores.proxies import PROXIES, Batch
 from heterolora.search.space import SearchSpace
-from heterolora.search.surroundings import dynamic_reason, length, unwrapped
 from heterolora.shortcut_checkpoints import ShortcutCallback, resumed_folder, saved_folder
 from heterolora.sites import Site
 

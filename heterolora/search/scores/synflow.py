@@ -10,7 +10,8 @@ from torch import nn
 
 from heterolora.errors import DataError, ModelError
 from heterolora.kernels.spec import BranchScore
-from heterolora.search.gradients import (
+from heterolora.search.scores.backward import measured
+from heterolora.search.scores.gradients import (
     Batch,
     Reduce,
     batch_loss,
@@ -22,7 +23,6 @@ from heterolora.search.gradients import (
     saliency,
     training_mode,
 )
-from heterolora.search.scoring import measured
 
 __all__ = ["synflow", "synflow_output"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from heterolora.errors import DataError, ModelError
-from heterolora.search.proxies import (
+from heterolora.search.scores.proxies import (
     NEEDS_NONZERO_B,
     SKETCHES,
     Batch,
@@ -50,7 +50,8 @@ PROBE_B_STD = 1e-3
 # A gradient norm at rank 8 averages eight random directions, and the pass costs no more than a
 # training step of common rank.
 PROBE_RANK = 8
-# The docstring of `heterolora.search.spectral.spectral` says what a sketch of this rank is worth.
+# The docstring of `heterolora.search.scores.spectral.spectral` says what a sketch of this rank is
+# worth.
 SKETCH_RANK = 40
 _OVERSAMPLING = 8
 

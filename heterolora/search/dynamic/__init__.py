@@ -1,0 +1,1 @@
+"""The search that goes on while a model trains."""

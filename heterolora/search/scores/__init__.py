@@ -1,0 +1,1 @@
+"""What a module or shortcut promises, measured before it is trained."""
