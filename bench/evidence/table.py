@@ -20,6 +20,8 @@ from heterolora.bench.harness import BenchError
 __all__ = ["BASELINE", "differences", "grouped", "markdown", "metric_of"]
 
 BASELINE = "uniform"
+# What PEFT does where it is told no modules: the other thing to compare with.
+_DEFAULT = "peft-targets"
 
 _METRICS = ("accuracy", "pearson")
 _HEADER = (
@@ -62,7 +64,7 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
             judged = [d for d in found.values() if d is not None and d.low is not None]
             compared += len(judged)
             beyond += sum(d.beyond_noise for d in judged)
-        lines.append("")
+        lines += ["", *_against_default(arms, metric)]
     lines += [
         "Mean ± standard deviation over seeds. Differences are paired by seed, from "
         f"{FEWEST} seeds on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the "
@@ -98,17 +100,37 @@ def grouped(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[
     }
 
 
-def differences(arm: str, arms: Mapping[str, Entries]) -> dict[str, Difference | None]:
+def differences(
+    arm: str, arms: Mapping[str, Entries], baseline: str = BASELINE
+) -> dict[str, Difference | None]:
     """Of "loss" (nats, or squared error) and, where the task has one, of the metric (per cent): the
-    arm less uniform; None for uniform itself, or without a common seed.
+    arm less the baseline; None for the baseline itself, or without a common seed.
     """
-    if arm == BASELINE:
+    if arm == baseline:
         return {key: None for key, _, _ in _measured(metric_of(arms))}
-    plain = arms.get(BASELINE, [])
+    plain = arms.get(baseline, [])
     return {
         key: paired_difference(_by_seed(arms[arm], key, unit), _by_seed(plain, key, unit))
         for key, unit, _ in _measured(metric_of(arms))
     }
+
+
+def _against_default(arms: Mapping[str, Entries], metric: str | None) -> list[str]:
+    """Lines of a table of the arms that have an interval, less PEFT's default modules."""
+    rows = []
+    for arm in arms:
+        found = differences(arm, arms, _DEFAULT)
+        if all(
+            difference is not None and difference.low is not None for difference in found.values()
+        ):
+            cells = [_difference(found[key], digits) for key, _, digits in _measured(metric)]
+            rows.append(_row([arm, *cells]))
+    if not rows:
+        return []
+    keys = [key for key, _, _ in _measured(metric)]
+    header = ["arm", *(f"{key} − {_DEFAULT}" for key in keys)]
+    rule = ["---", *("---:" for _ in keys)]
+    return ["Against PEFT's default modules:", "", _row(header), _row(rule), *rows, ""]
 
 
 def _measured(metric: str | None) -> list[tuple[str, float, int]]:

@@ -107,6 +107,23 @@ def test_table_says_which_parameters_and_which_seeds():
     assert found["dynamic-grad-norm"][4] == "+0.0000"
 
 
+def test_what_has_enough_seeds_is_compared_with_pefts_default_modules():
+    entries = [entry("uniform", seed, 1.0 + seed, 0.8) for seed in range(5)]
+    entries += [entry("random", seed, 1.1 + seed, 0.8) for seed in range(5)]
+    entries += [entry("spectral", seed, 0.5 + seed, 0.9) for seed in range(4)]
+    assert "Against" not in markdown(entries)
+    entries += [entry("peft-targets", seed, 1.5 + seed, 0.79) for seed in range(5)]
+    own, _, against = markdown(entries).partition("Against PEFT's default modules:")
+    assert rows(own)["peft-targets"][4] == "**+0.5000 [+0.5000, +0.5000]**"
+    found = rows(against)
+    assert [*found] == ["arm", "---", "uniform", "random"]
+    assert found["arm"] == ["loss − peft-targets", "accuracy − peft-targets"]
+    assert found["random"] == [
+        "**-0.4000 [-0.4000, -0.4000]**",
+        "**+1.00 [+1.00, +1.00]**",
+    ]
+
+
 def test_table_refuses_two_results_for_one_seed():
     with pytest.raises(BenchError, match=r"uniform on sick at rank 2 has two results for seed 0"):
         markdown([entry("uniform", 0, 1.0), entry("uniform", 0, 2.0)])
