@@ -301,7 +301,7 @@ import torch
 torch.set_num_threads(1)
 from heterolora.bench.__main__ import main
 for _ in range(2):
-    sys.argv = ["heterolora.bench", "gpu", "--device", "cpu", "--minutes", "0.4", "--rounds", "2",
+    sys.argv = ["heterolora.bench", "gpu", "--device", "cpu", "--minutes", "3", "--rounds", "2",
                 "--out", sys.argv[-1]]
     print("exit", main())
 """
