@@ -224,9 +224,9 @@ def test_pefts_default_modules_get_the_whole_budget(model):
     # Of 1792 values, 64 for each unit of rank of four modules.
     assert {name.split(".")[-1] for name, rank in ranks.items() if rank} == {"query", "value"}
     assert set(ranks.values()) == {0, 7} and len(ranks) == 12
+    given = setting(model)
+    given.model.config.model_type = "unheard-of"
     with pytest.raises(BenchError, match="pay for no rank of 0 modules that PEFT adapts"):
-        given = setting(model)
-        given.model.config.model_type = "unheard-of"
         outside.peft_targets(given)
 
 
