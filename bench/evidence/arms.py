@@ -323,7 +323,12 @@ ARMS: dict[str, Arm] = {
         Arm("short-57", "short", "uniform, 0.57 of the steps", _varied(share=0.57)),
         Arm("short-85", "short", "uniform, 0.85 of the steps", _varied(share=0.85)),
         Arm("plus", "plus", "uniform, LoRA+ with 4 times the rate for B", _varied(plus=True)),
-        Arm("plus-short", "plus", "the same, 0.6 of the steps", _varied(plus=True, share=SHORT)),
+        Arm(
+            "plus-57",
+            "plus-short",
+            "the same, 0.57 of the steps",
+            _varied(plus=True, share=0.57),
+        ),
     )
 }
 
@@ -340,6 +345,7 @@ _REPRESENTATIVES = {
     "on-off": "random-onoff",
     "dynamic": "dynamic-grad-norm",
     "shortcuts": "shortcuts-all",
+    "plus-short": "plus-57",
     "alone": "alone-3-value",
 }
 

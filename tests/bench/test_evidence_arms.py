@@ -42,7 +42,7 @@ FEW = (
     "adalora",
     "dynamic-grad-norm",
     "shortcuts-searched",
-    "plus-short",
+    "plus-57",
 )
 EACH = [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in UNTIMED]
 BUDGETED = [each for each in EACH if ARMS[each.values[0]].build is not outside.adalora]
@@ -149,7 +149,7 @@ def test_oracle_ranks_by_what_modules_were_worth_alone(model, tmp_path):
 
 
 def test_lora_plus_gives_b_four_times_the_rate(model):
-    adapted = ARMS["plus-short"].build(setting(model))
+    adapted = ARMS["plus-57"].build(setting(model))
     optimizer = adapted.optimizer(adapted.model, 0.01)
     names = {id(parameter): name for name, parameter in adapted.model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
