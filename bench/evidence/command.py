@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,6 +263,10 @@ def _report(args: argparse.Namespace) -> int:
     from heterolora.bench.evidence.store import Store
     from heterolora.bench.harness import BenchError
 
+    if find_spec("scipy") is None:
+        raise BenchError(
+            "the report needs scipy, which is missing: pip install 'heterolora[bench]'"
+        )
     folders = [list(Store(folder).tests()) for folder in args.report]
     text = tables(folders)
     if args.png is not None:

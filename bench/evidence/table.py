@@ -68,9 +68,9 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
     lines += [
         "Mean ± standard deviation over seeds. Differences are paired by seed, from "
         f"{FEWEST} seeds on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the "
-        f"seeds, bold where it leaves out zero: {beyond} of {compared} comparisons with uniform. "
-        f"Of arms that do not differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with "
-        f"{FEWEST} seeds. "
+        "seeds, its percentiles expanded for their small number (Hesterberg, 2015), bold where it "
+        f"leaves out zero: {beyond} of {compared} comparisons with uniform. Of arms that do not "
+        f"differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
         "Parameters are those of the adapter in use at the end; where more had been trained, or "
         "other numbers are saved, these follow. Beside it every arm trains the same head in full, "
         "where the task has one. Training time is CPU time without search and evaluation. A run "
