@@ -25,19 +25,17 @@ def peft_targets(setting: Setting) -> Adapted:
     highest that the budget pays for.
 
     Raises:
-        BenchError: PEFT has no default for the model, or one rank exceeds the budget.
+        BenchError: PEFT has no default for the model.
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     plain = uniform(setting.model, setting.rank, setting.space)
-    endings = DEFAULTS.get(setting.model.config.model_type, ())
+    kind = setting.model.config.model_type
+    endings = DEFAULTS.get(kind, ())
     chosen = [name for name in plain.ranks if name.split(".")[-1] in endings]
+    if not chosen:
+        raise BenchError(f"PEFT adapts no module of {kind!r} by default; leave out peft-targets")
     cost = sum(plain.sites[name].unit_cost for name in chosen)
-    if not 0 < cost <= plain.budget_parameters:
-        raise BenchError(
-            f"the parameters of rank {setting.rank} pay for no rank of {len(chosen)} modules that "
-            "PEFT adapts by default; leave out the arm peft-targets"
-        )
     ranks = dict.fromkeys(plain.ranks, 0) | dict.fromkeys(chosen, plain.budget_parameters // cost)
     return onto(setting, replace(plain, ranks=ranks))
 
