@@ -74,7 +74,14 @@ def a_run(model: Path | str, **changes: Any) -> Run:
 
 
 def entry(
-    arm: str, seed: int, loss: float | None, accuracy: float = 0.5, **more: Any
+    arm: str,
+    seed: int,
+    loss: float | None,
+    accuracy: float = 0.5,
+    *,
+    training: float = 25.0,
+    device: str = "a CPU",
+    **more: Any,
 ) -> dict[str, Any]:
     """A result file's content, as far as a table reads it."""
     counts = {"enabled": 100, "ever_trained": 100, "stored": 100}
@@ -83,8 +90,7 @@ def entry(
         "accuracy": accuracy,
         "diverged": loss is None,
         "parameters": counts,
-        "seconds_per_step": {"wall": 0.5, "cpu": 0.25},
-        "train_seconds": {"wall": 50.0, "cpu": 25.0},
+        "train_seconds": {"wall": 2 * training, "cpu": training},
         "search_seconds": 0.0,
         **more,
     }
@@ -92,5 +98,5 @@ def entry(
         "schema": 1,
         "run": a_run("minilm", arm=arm, seed=seed).as_json(),
         "result": result,
-        "environment": {},
+        "environment": {"device": device},
     }

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 from heterolora.bench.drawing import COLOURS, INK, panels, plain_log
 from heterolora.bench.evidence.ablation import KINDS, Predictions
 from heterolora.bench.evidence.statistics import Difference, spread
-from heterolora.bench.evidence.table import BASELINE, differences, grouped, metric_of
+from heterolora.bench.evidence.table import (
+    BASELINE,
+    differences,
+    grouped,
+    metric_of,
+    relative_time,
+)
 from heterolora.bench.harness import BenchError
 from heterolora.figures import Grid, layer_grid
 
@@ -76,22 +82,23 @@ def _written(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
 
 
 def _costs(task: str, of_rank: Mapping[int, Arms]) -> Figure:
-    """The metric (or the loss) against adapter parameters and against CPU seconds of training, each
-    the mean over seeds with its standard deviation, an arm's budgets joined by a line.
+    """The metric (or the loss) against adapter parameters and against uniform's training time at
+    the same budget, each the mean over seeds with its standard deviation, an arm's budgets joined
+    by a line.
     """
     metric = metric_of(next(iter(of_rank.values())))
     key, unit = (metric, 100) if metric else ("loss", 1)
     names = list(dict.fromkeys(arm for arms in of_rank.values() for arm in arms))
     rows = -(-len(names) // _NAMES_IN_A_ROW)
     figure, axes = panels(3.4 + 0.15 * rows, columns=2, share_y=True)
-    for panel, of_entry in zip(axes, (_enabled, _training), strict=True):
+    for panel, cost in zip(axes, (_enabled, relative_time), strict=True):
         for number, name in enumerate(names):
             points: list[tuple[float, float, float]] = []
             for arms in of_rank.values():
                 good = [e for e in arms.get(name, []) if not e["result"]["diverged"]]
-                if good:
+                if good and (spent := cost(name, arms)) is not None:
                     mean, deviation = spread([unit * e["result"][key] for e in good])
-                    points.append((fmean(map(of_entry, good)), mean, deviation or 0.0))
+                    points.append((spent, mean, deviation or 0.0))
             if points:
                 x, y, error = zip(*points, strict=True)
                 panel.errorbar(
@@ -99,10 +106,10 @@ def _costs(task: str, of_rank: Mapping[int, Arms]) -> Figure:
                     color=f"C{number % 10}", markersize=4.5, linewidth=1.0, elinewidth=0.8,
                 )  # fmt: skip
     axes[0].set_xscale("log")
-    plain_log(axes[0].xaxis, [_enabled(next(iter(arms.values()))[0]) for arms in of_rank.values()])
+    plain_log(axes[0].xaxis, [_enabled(next(iter(arms)), arms) for arms in of_rank.values()])
     axes[0].set_xlabel("adapter parameters")
     axes[0].set_ylabel(f"test {key}, %" if metric else "test loss")
-    axes[1].set_xlabel("CPU seconds of training")
+    axes[1].set_xlabel("training time / uniform")
     figure.suptitle(task, x=0.01, ha="left", size=10, color=INK)
     figure.legend(
         *axes[0].get_legend_handles_labels(),
@@ -113,12 +120,8 @@ def _costs(task: str, of_rank: Mapping[int, Arms]) -> Figure:
     return figure
 
 
-def _enabled(entry: Mapping[str, Any]) -> float:
-    return float(entry["result"]["parameters"]["enabled"])
-
-
-def _training(entry: Mapping[str, Any]) -> float:
-    return float(entry["result"]["train_seconds"]["cpu"])
+def _enabled(arm: str, arms: Arms) -> float:
+    return fmean(entry["result"]["parameters"]["enabled"] for entry in arms[arm])
 
 
 def _scores(found: Sequence[Predictions]) -> Figure:

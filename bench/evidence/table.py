@@ -17,7 +17,7 @@ from heterolora.bench.evidence.statistics import (
 )
 from heterolora.bench.harness import BenchError
 
-__all__ = ["BASELINE", "differences", "grouped", "markdown", "metric_of"]
+__all__ = ["BASELINE", "differences", "grouped", "markdown", "metric_of", "relative_time"]
 
 BASELINE = "uniform"
 # What PEFT does where it is told no modules: the other thing to compare with.
@@ -33,7 +33,6 @@ _HEADER = (
     "loss − uniform",
     "{metric} %",
     "{metric} − uniform",
-    "s/step (CPU)",
     "training time / uniform",
     "search s",
 )
@@ -73,8 +72,9 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
         f"differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
         "Parameters are those of the adapter in use at the end; where more had been trained, or "
         "other numbers are saved, these follow. Beside it every arm trains the same head in full, "
-        "where the task has one. Training time is CPU time without search and evaluation. A run "
-        "that diverged has no loss and is left out of the means; the column of seeds says so.",
+        "where the task has one. Training time is CPU time without search and evaluation, compared "
+        "on one kind of processor. A run that diverged has no loss and is left out of the means; "
+        "the column of seeds says so.",
         "",
     ]
     return "\n".join(lines)
@@ -116,6 +116,27 @@ def differences(
     }
 
 
+def relative_time(arm: str, arms: Mapping[str, Entries]) -> float | None:
+    """CPU time of the arm's training over the mean of uniform ranks on the same device, of all its
+    runs on a device where there are such. None without one: times of two devices do not compare.
+    """
+    own, plain = (_training_times(arms.get(name, [])) for name in (arm, BASELINE))
+    common = own.keys() & plain.keys()
+    if not common:
+        return None
+    spent = sum(sum(own[device]) for device in common)
+    return spent / sum(len(own[device]) * fmean(plain[device]) for device in common)
+
+
+def _training_times(entries: Entries) -> dict[str, list[float]]:
+    """{device: CPU seconds of each run on it}."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for entry in entries:
+        seconds = entry["result"]["train_seconds"]["cpu"]
+        found[entry["environment"]["device"]].append(seconds)
+    return found
+
+
 def _against_default(arms: Mapping[str, Entries], metric: str | None) -> list[str]:
     """Lines of a table of the arms that have an interval, less PEFT's default modules."""
     rows = []
@@ -150,14 +171,9 @@ def _cells(
     seeds = str(len(good)) + (f" of {len(entries)}" if len(good) < len(entries) else "")
     rates = sorted({entry["run"]["learning_rate"] for entry in entries})
     head = [arm, _parameters(entries), seeds, ", ".join(f"{rate:g}" for rate in rates)]
-    steps = [e["result"]["seconds_per_step"]["cpu"] for e in entries]
-    timed = [seconds for seconds in steps if seconds is not None]
+    relative = relative_time(arm, arms)
     searched = fmean(entry["result"]["search_seconds"] for entry in entries)
-    tail = [
-        f"{fmean(timed):.3f}" if timed else "",
-        _relative_time(entries, arms.get(BASELINE, [])),
-        f"{searched:.1f}" if searched else "",
-    ]
+    tail = ["" if relative is None else f"{relative:.2f}", f"{searched:.1f}" if searched else ""]
     middle = []
     for key, unit, digits in _measured(metric):
         middle.append(_spread(list(_by_seed(entries, key, unit).values()), digits))
@@ -171,18 +187,6 @@ def _by_seed(entries: Entries, key: str, unit: float) -> dict[int, float]:
         for entry in entries
         if entry["result"][key] is not None
     }
-
-
-def _relative_time(entries: Entries, plain: Entries) -> str:
-    """CPU time of the training over uniform's, means over the seeds that both have."""
-    own, other = (
-        {entry["run"]["seed"]: entry["result"]["train_seconds"]["cpu"] for entry in of}
-        for of in (entries, plain)
-    )
-    seeds = own.keys() & other.keys()
-    if not seeds:
-        return ""
-    return f"{sum(own[seed] for seed in seeds) / sum(other[seed] for seed in seeds):.2f}"
 
 
 def _parameters(entries: Entries) -> str:

@@ -114,8 +114,24 @@ def test_table_marks_what_is_beyond_noise():
     assert found["grad-norm"][4] == "**+0.2500 [+0.2500, +0.2500]**"
     assert not found["random"][4].startswith("**") and "[" in found["random"][4]
     assert found["random"][6] == "+0.00 [+0.00, +0.00]"
-    assert found["grad-norm"][7] == "0.250"
+    assert found["grad-norm"][7] == "1.00"
     assert "1 of 4 comparisons" in text
+
+
+def test_training_time_is_compared_on_one_device_only():
+    entries = [
+        entry("uniform", 0, 1.0, training=10.0, device="fast"),
+        entry("uniform", 1, 1.0, training=40.0, device="slow"),
+        entry("uniform", 2, 1.0, training=30.0, device="slow"),
+        # On both: 35 + 5 seconds where uniform took the mean of 30 and 40, and 10.
+        entry("random", 0, 1.0, training=35.0, device="slow"),
+        entry("random", 1, 1.0, training=5.0, device="fast"),
+        entry("snip", 1, 1.0, training=8.0, device="fast"),
+        entry("eva", 0, 1.0, training=8.0, device="other"),
+    ]
+    found = rows(markdown(entries))
+    times = {arm: found[arm][7] for arm in ("uniform", "random", "snip", "eva")}
+    assert times == {"uniform": "1.00", "random": "0.89", "snip": "0.80", "eva": ""}
 
 
 def test_table_says_which_parameters_and_which_seeds():
@@ -182,7 +198,7 @@ def test_pictures_of_differences_and_ranks(tmp_path):
     costs = _costs("sick", {2: grouped(entries)["sick", 2]})
     _, labels = costs.axes[0].get_legend_handles_labels()
     assert labels == ["uniform", "grad-norm", "spectral"]
-    for panel, x in zip(costs.axes, (100.0, 25.0), strict=True):
+    for panel, x in zip(costs.axes, (100.0, 1.0), strict=True):
         drawn = [line.get_xydata().tolist() for line in panel.lines if line.get_marker() == "o"]
         assert drawn == [[[x, pytest.approx(80.0)]]] * 3
     with pytest.raises(BenchError, match="cannot be written"):
