@@ -72,9 +72,9 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
         f"differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
         "Parameters are those of the adapter in use at the end; where more had been trained, or "
         "other numbers are saved, these follow. Beside it every arm trains the same head in full, "
-        "where the task has one. Training time is CPU time without search and evaluation, compared "
-        "on one kind of processor. A run that diverged has no loss and is left out of the means; "
-        "the column of seeds says so.",
+        "where the task has one. Training time is CPU time without search and evaluation, "
+        "compared where one command ran both arms. A run that diverged has no loss and is left out "
+        "of the means; the column of seeds says so.",
         "",
     ]
     return "\n".join(lines)
@@ -117,23 +117,24 @@ def differences(
 
 
 def relative_time(arm: str, arms: Mapping[str, Entries]) -> float | None:
-    """CPU time of the arm's training over the mean of uniform ranks on the same device, of all its
-    runs on a device where there are such. None without one: times of two devices do not compare.
+    """CPU time of the arm's training over the mean of uniform ranks in the same command, of all its
+    runs where there are such. None without one: times of two machines, and of two versions of the
+    code, do not compare.
     """
     own, plain = (_training_times(arms.get(name, [])) for name in (arm, BASELINE))
     common = own.keys() & plain.keys()
     if not common:
         return None
-    spent = sum(sum(own[device]) for device in common)
-    return spent / sum(len(own[device]) * fmean(plain[device]) for device in common)
+    spent = sum(sum(own[command]) for command in common)
+    return spent / sum(len(own[command]) * fmean(plain[command]) for command in common)
 
 
 def _training_times(entries: Entries) -> dict[str, list[float]]:
-    """{device: CPU seconds of each run on it}."""
+    """{when a command started: CPU seconds of each of its runs}."""
     found: dict[str, list[float]] = defaultdict(list)
     for entry in entries:
         seconds = entry["result"]["train_seconds"]["cpu"]
-        found[entry["environment"]["device"]].append(seconds)
+        found[entry["environment"]["date"]].append(seconds)
     return found
 
 
