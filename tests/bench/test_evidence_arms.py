@@ -14,6 +14,7 @@ from evidence_runs import (
     save_sick,
     save_tiny_model,
 )
+from tiny import save_model
 
 from heterolora.bench.evidence import arms, outside
 from heterolora.bench.evidence.ablation import PARTS
@@ -217,6 +218,20 @@ def setting(model, seed=0):
         bf16=True,
         draw=lambda count: [dict(batch) for _ in range(count)],
     )
+
+
+def test_without_dropout_training_computes_what_evaluation_does(tmp_path):
+    folder = save_model(tmp_path / "tiny", dropout=0.3)
+    logits = {}
+    for name in ("uniform", "no-dropout"):
+        made = setting(folder)
+        adapted = ARMS[name].build(made).model
+        batch = made.batches(1)[0]
+        for mode in (True, False):
+            logits[name, mode] = adapted.train(mode)(**batch).logits
+    expected = logits["uniform", False]
+    assert not torch.allclose(logits["uniform", True], expected, rtol=0.0, atol=1e-3)
+    torch.testing.assert_close(logits["no-dropout", True], expected)
 
 
 def test_pefts_default_modules_get_the_whole_budget(model):
