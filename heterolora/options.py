@@ -186,6 +186,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="checkpoint and evaluate every N steps instead of every epoch",
     )
+    train.add_argument(
+        "--no-dropout",
+        action="store_true",
+        help="the model's own dropout off: better with few steps, less time on a CPU "
+        "(docs/evidence.md)",
+    )
     train.add_argument("--no-fuse", action="store_true", help="train with PEFT's own forward")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete the earlier run in --out")

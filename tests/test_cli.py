@@ -210,6 +210,23 @@ def test_train_without_fusing_gives_the_same_result(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_train_without_dropout_gives_what_a_model_made_without_it_gives(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = []
+    for name, dropout, flag in (
+        ("with", 0.3, ""),
+        ("off", 0.3, " --no-dropout"),
+        ("without", 0.0, ""),
+    ):
+        made = {**files, "bert": str(save_model(tmp_path / f"bert-{name}", dropout=dropout))}
+        words = TRAIN.replace("{out}/run", f"{{out}}/{name}") + " --lr 0.05 --json -" + flag
+        assert cli.main(_filled(words, made, tmp_path)) == 0
+        losses.append(json.loads(capsys.readouterr().out)["metrics"]["test_loss"])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[2], rel=1e-6)
+
+
 def test_cuda_graphs_that_cannot_be_had_stop_nothing(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

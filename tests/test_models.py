@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import batch_for, build
 from tiny import save_model
 
 from heterolora import models
 from heterolora.errors import ModelError
-from heterolora.models import MINILM_INSTALL, load_model
+from heterolora.models import MINILM_INSTALL, disable_dropout, load_model
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,21 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(ModelError, match="has 33 tokens, its embedding only 28"):
         load_model(folder, task="classification", num_labels=2)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "opt", "roberta"])
+def test_without_dropout_training_computes_what_evaluation_does(name: str) -> None:
+    plain = build(name)
+    config = plain.config
+    for key in config.to_dict():
+        if "drop" in key:
+            setattr(config, key, 0.3)
+    torch.manual_seed(0)
+    model = type(plain)(config)
+    batch = batch_for(model)
+    torch.manual_seed(0)
+    expected = model.eval()(**batch).logits
+    assert not torch.allclose(model.train()(**batch).logits, expected, rtol=0.0, atol=1e-3)
+    disable_dropout(model)
+    torch.testing.assert_close(model(**batch).logits, expected)
+    assert model.training
