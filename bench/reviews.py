@@ -17,7 +17,7 @@ from heterolora.bench import workloads
 from heterolora.bench.steps import SEED, Inputs, Workload, linears
 from heterolora.columns import Task
 from heterolora.errors import ModelError
-from heterolora.models import embedded_minilm, load_model
+from heterolora.models import disable_dropout, embedded_minilm, load_model
 
 __all__ = ["RANDOM", "TrainingLoad", "classifier", "language", "minilm"]
 
@@ -64,9 +64,7 @@ def minilm(*, batch: int, length: int, dtype: Any, device: Any, **sizes: int) ->
     model, tokenizer = load_model(
         "minilm", task="classification", num_labels=2, dtype=name, seed=SEED
     )
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    disable_dropout(model)
     model.to(device).requires_grad_(False).train()
     texts, labels = _labelled()
     ids = tokenizer(texts, truncation=True, max_length=length)["input_ids"]

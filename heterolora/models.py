@@ -98,9 +98,10 @@ def disable_dropout(model: Any) -> None:
     from torch import nn
 
     for module in model.modules():
-        kept = [name for name, value in vars(module).items() if isinstance(value, float)]
-        for name in kept:
-            if "drop" in name or (name == "p" and isinstance(module, nn.Dropout)):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -189,8 +189,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--no-dropout",
         action="store_true",
-        help="the model's own dropout off: better with few steps, less time on a CPU "
-        "(docs/evidence.md)",
+        help="the model's own dropout off, for few steps (docs/evidence.md); less time on a CPU, "
+        "but more with --bf16 and short rows, where PyTorch's attention gets slow",
     )
     train.add_argument("--no-fuse", action="store_true", help="train with PEFT's own forward")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")

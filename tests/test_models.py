@@ -139,7 +139,6 @@ def test_without_dropout_training_computes_what_evaluation_does(name: str) -> No
     torch.manual_seed(0)
     model = type(plain)(config)
     batch = batch_for(model)
-    torch.manual_seed(0)
     expected = model.eval()(**batch).logits
     assert not torch.allclose(model.train()(**batch).logits, expected, rtol=0.0, atol=1e-3)
     disable_dropout(model)
