@@ -24,7 +24,6 @@ from heterolora.search import (
     DynamicSearchCallback,
     Variant,
     allocate,
-    recommended,
     uniform,
 )
 from heterolora.shortcuts import KINDS, shortcut_candidates
@@ -121,13 +120,6 @@ def _search(
             seed=setting.seed,
             **options,
         )
-
-
-def _recommended(setting: Setting) -> Adapted:
-    budget = Budget(rank=setting.rank)
-    chosen = recommended(setting.model, budget, setting.space)
-    found = _search(setting, chosen["proxy"], None, budget, variant=chosen["variant"])
-    return onto(setting, found)
 
 
 def _uniform(setting: Setting) -> Adapted:
@@ -264,13 +256,17 @@ ARMS: dict[str, Arm] = {
             proxy="spectral-sigma",
             floor=1,
         ),
+        _warm(
+            "spectral-warm-layers",
+            "spectral-warm, every layer's total the same",
+            by_layer=True,
+        ),
         Arm(
             "spectral-trained",
             "uniform",
             "spectral gain, the mean over 40 training steps",
             allocated("spectral", train_steps=40),
         ),
-        Arm("default", "uniform", "what `heterolora search` does by itself", _recommended),
         _warm("shuffled", "spectral-warm's scores dealt out anew", shuffle=True),
         Arm(
             "oracle-sick",

@@ -180,16 +180,6 @@ def test_floors_and_warm_ups_reach_the_search(results):
     assert results["spectral"]["search_seconds"] < results["spectral-warm"]["search_seconds"]
 
 
-def test_the_default_has_a_floor_where_the_budget_pays_for_it_and_even_layers_below(results, model):
-    assert results["default"]["ranks"] == results["spectral-warm-floor"]["ranks"]
-    layered = allocated("spectral", head_steps=70, by_layer=True)
-    own, same = (
-        build(replace(setting(model), rank=1)) for build in (ARMS["default"].build, layered)
-    )
-    assert own.ranks == same.ranks
-    assert set(own.ranks.values()) != {1}
-
-
 def test_a_budget_of_time_is_measured_under_the_precision_of_training(model):
     adapted = allocated("grad-norm", step_time=1.0)(setting(model))
     assert 0 < adapted.notes["predicted_step"] <= 1.0
