@@ -175,7 +175,7 @@ def _forward(  # type: ignore[no-untyped-def]
         buckets = _buckets(a, branch_site, branch_source, dropout, len(outputs))
         with fused.on_device(sources[0]):
             return fused.low_rank_add(outputs, sources, a, b, scales, buckets, dropout, seed)
-    layout = _layout(a, branch_site, branch_source, len(outputs), len(sources))
+    layout = _layout(sources, a, branch_site, branch_source, len(outputs))
     return aten.low_rank_add(outputs, sources, a, b, scales, layout)
 
 

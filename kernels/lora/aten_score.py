@@ -133,5 +133,5 @@ def _gradients_at_zero(
         for j in branches:
             # As (S^T dY)^T, as in the backward pass.
             d_b_t = torch.mm(s[:, slice(*layout.branch[j])].t(), dy)
-            d_b[j] = d_b_t.to(dtype).t() * scales[j]
+            d_b[j] = d_b_t[: a[j].shape[0]].to(dtype).t() * scales[j]
     return found, [None] * len(a), d_b

@@ -124,14 +124,20 @@ def _check(
 
 
 def _layout(
+    sources: Sequence[Tensor],
     a: Sequence[Tensor],
     branch_site: Sequence[int],
     branch_source: Sequence[int],
     sites: int,
-    sources: int,
 ) -> GroupLayout:
-    ranks = [factor.shape[0] for factor in a]
-    return group_layout(ranks, branch_site, branch_source, sites=sites, sources=sources)
+    return group_layout(
+        [factor.shape[0] for factor in a],
+        branch_site,
+        branch_source,
+        sites=sites,
+        sources=len(sources),
+        multiple=aten.rank_multiple(sources[0]),
+    )
 
 
 def _buckets(
@@ -166,7 +172,7 @@ def _forward(  # type: ignore[no-untyped-def]
             return fused.group_linear(
                 sources, weights, biases, a, b, scales, buckets, dropout, seed
             )
-    layout = _layout(a, branch_site, branch_source, len(weights), len(sources))
+    layout = _layout(sources, a, branch_site, branch_source, len(weights))
     return aten.group_linear(sources, weights, biases, a, b, scales, layout)
 
 
@@ -193,7 +199,7 @@ def _backward(  # type: ignore[no-untyped-def]
             return fused.group_linear_backward(
                 grads, sources, weights, a, b, s, scales, buckets, dropout, seed, needs
             )
-    layout = _layout(a, branch_site, branch_source, len(grads), len(sources))
+    layout = _layout(sources, a, branch_site, branch_source, len(grads))
     arguments = (grads, sources, weights, a, b, s, scales, layout, needs)
     if not torch.is_autocast_enabled(s.device.type):
         return aten.group_linear_backward(*arguments)
@@ -228,7 +234,8 @@ def _fake_s(  # type: ignore[no-untyped-def]
     if implementation == "triton":
         return x.new_empty(m, _buckets(a, branch_site, branch_source, dropout, sites).columns)
     # Column by column in memory, as `aten` writes it.
-    return x.new_empty(sum(factor.shape[0] for factor in a), m).t()
+    multiple = aten.rank_multiple(x)
+    return x.new_empty(sum(-(-f.shape[0] // multiple) * multiple for f in a), m).t()
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

@@ -138,7 +138,7 @@ class _ScoredGroupLinear(_GroupLinear):
         *outputs, _ = _GroupLinear.forward(ctx, bare, *tensors[: q + 2 * p], tensors[-1])
         sources: Any = tensors[:q]
         factors: Any = tensors[q + 2 * p : -1]
-        layout = _layout(factors[:t], branch_site, branch_source, p, q)
+        layout = _layout(sources, factors[:t], branch_site, branch_source, p)
         s = aten._shrink(sources, factors[:t], layout)
         shapes = [source.new_zeros(()).expand(source.shape) for source in sources]
         ctx.meta = meta
@@ -224,7 +224,7 @@ def _score(  # type: ignore[no-untyped-def]
             return fused.group_score(
                 grads, sources, weights, a, b, s, scales, buckets, dropout, seed, needs, *previous
             )
-    layout = _layout(a, branch_site, branch_source, len(grads), len(sources))
+    layout = _layout(sources, a, branch_site, branch_source, len(grads))
     return aten_score.group_score(
         grads, sources, weights, a, b, s, scales, layout, needs, *previous
     )

@@ -163,10 +163,30 @@ def test_scale_as_tensor():
     )
 
 
-def test_gradients_do_not_hold_the_stack():
+@pytest.mark.parametrize("name", ["single", "mixed_siblings"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_do_not_hold_the_stack(name, dtype):
     """A's gradients come from one product for the group, but each owns its memory."""
-    group = GROUPS["mixed_siblings"](Draw(torch.float32))
+    group = GROUPS[name](Draw(dtype))
     outputs = group_linear(*group)
     torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     for branch in group[2]:
-        assert branch.a.grad.untyped_storage().nbytes() == branch.a.numel() * 4
+        for factor in (branch.a, branch.b):
+            assert factor.grad.untyped_storage().nbytes() == factor.numel() * factor.itemsize
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns"),
+    [(torch.float32, 1 + 3 + 17), (torch.bfloat16, 16 + 16 + 32), (torch.float16, 16 + 16 + 32)],
+)
+def test_ranks_are_rounded_up_where_a_cpu_compiles_products_for_their_sizes(dtype, columns):
+    draw, ranks = Draw(dtype), (1, 3, 17, 0)
+    a = [draw.tensor(rank, 24) for rank in ranks]
+    b = [draw.tensor(40, rank) for rank in ranks]
+    x, weight = draw.tensor(5, 24), draw.tensor(40, 24, grad=False)
+    first, none = [0] * len(ranks), [0.0] * len(ranks)
+    _, s = torch.ops.heterolora.group_linear(
+        [x], [weight], [None], a, b, [1.0] * len(ranks), first, first, none, None, "aten"
+    )
+    assert s.shape == (5, columns)
+    assert (s != 0).any(dim=0).sum() == sum(ranks)
