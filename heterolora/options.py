@@ -143,7 +143,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         "--floor",
         type=int,
         metavar="R",
-        help="least rank of a module (default: 1 without --proxy where the budget pays for rank 2 "
+        help="least rank of a module (default: 1 without --proxy where the budget pays for that "
         "everywhere, else 0)",
     )
     search.add_argument(

@@ -5,7 +5,7 @@ other way round where oneDNN computes the base; so no intermediate of the size o
 made. A and B are cast to the dtype of x; x, the large one, never is. S and dS lie in memory column
 by column, because a CPU is faster at products with a few long rows than with a few long columns.
 
-In bfloat16 and float16 a CPU computes with ranks rounded up to a multiple of 16 (`rank_multiple`).
+In bfloat16 and float16 a CPU computes with ranks padded to the kernels' buckets (`pads_ranks`).
 """
 
 import math
@@ -17,18 +17,18 @@ from torch import Tensor
 from . import onednn
 from .layout import Columns, GroupLayout
 
-__all__ = ["group_linear", "group_linear_backward", "low_rank_add", "rank_multiple"]
+__all__ = ["group_linear", "group_linear_backward", "low_rank_add", "pads_ranks"]
 
 
-def rank_multiple(x: Tensor) -> int:
-    """What `GroupLayout` rounds ranks up to, for an x of this dtype and device.
+def pads_ranks(x: Tensor) -> bool:
+    """Whether ranks are padded to `buckets.bucket` for an x of this dtype and device.
 
     oneDNN, which computes 16-bit products on a CPU, compiles code for every combination of sizes
-    and keeps the latest 1,024. Batches of different lengths times mixed ranks are more than that:
-    training steps of MiniLM were measured to take 1.3 times as long as with uniform ranks, most of
-    it spent compiling. A product with 16 columns takes no longer than one with four.
+    and keeps the latest 1,024. Batches of different lengths times mixed ranks are more than that: a
+    training step of MiniLM was measured to take 1.3 times as long as with uniform ranks, most of
+    the difference spent compiling. A product with 16 columns takes about as long as one with four.
     """
-    return 16 if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else 1
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def group_linear(

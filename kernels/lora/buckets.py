@@ -66,7 +66,8 @@ def ceil_div(a: int, b: int) -> int:
 
 def bucket(rank: int) -> int:
     """The rank, padded: 0, 16, 32, 64, 128, and beyond that full chunks of 128 and a bucket."""
-    full, rest = divmod(rank, BUCKETS[-1])
+    # Not by divmod, which a symbolic size under torch.compile does not know.
+    full, rest = rank // BUCKETS[-1], rank % BUCKETS[-1]
     return full * BUCKETS[-1] + (next(size for size in BUCKETS if rest <= size) if rest else 0)
 
 

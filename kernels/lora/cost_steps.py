@@ -200,7 +200,7 @@ def peft_steps(p: Problem) -> _Passes:
 
 
 def aten_steps(p: Problem) -> _Passes:
-    """`aten.group_linear` and its backward, but for what rounds ranks up on a CPU: small copies."""
+    """`aten.group_linear` and its backward, without what pads ranks on a CPU: small copies."""
     m, e, f = p.m, p.itemsize, p.factor_itemsize
     sources, inputs = _inputs(p)
     forward: list[Step] = []

@@ -63,8 +63,9 @@ class GroupLayout:
     """Where each branch's columns lie in S [m, columns], packed by (source, site) in that order.
 
     Attributes:
-        columns: total width of S, the sum of all ranks, each rounded up to the multiple asked for.
-        branch: columns of each branch, in the caller's order; its first `rank` ones are in use.
+        columns: total width of S, the sum of all ranks as given.
+        branch: columns of each branch, in the caller's order. If ranks are padded, the first ones
+            are in use.
         source: columns of all branches of a source; one product with their stacked A fills them.
         by_source: the branch indices of each source, in packing order.
         by_site: the branch indices of each site, in packing order.
@@ -84,7 +85,6 @@ def _pack(
     branch_source: tuple[int, ...],
     sites: int,
     sources: int,
-    multiple: int,
 ) -> GroupLayout:
     order = sorted(range(len(ranks)), key=lambda j: (branch_source[j], branch_site[j], j))
     branch = [Columns(0, 0)] * len(ranks)
@@ -94,8 +94,8 @@ def _pack(
         start = position
         for j in order:
             if branch_source[j] == index:
-                start_of, position = position, position + -(-ranks[j] // multiple) * multiple
-                branch[j] = Columns(start_of, position)
+                branch[j] = Columns(position, position + ranks[j])
+                position += ranks[j]
         source[index] = Columns(start, position)
     return GroupLayout(
         columns=position,
@@ -118,16 +118,14 @@ def group_layout(
     *,
     sites: int,
     sources: int,
-    multiple: int = 1,
 ) -> GroupLayout:
     """Pack the branches of a group.
 
     Args:
-        ranks: rank of each branch, 0 included.
+        ranks: rank of each branch, or what it is padded to; 0 included.
         branch_site: index of the site each branch adds to, below `sites`.
         branch_source: index of the tensor each branch reads, below `sources`; 0 is x.
         sites: number of sites in the group.
         sources: number of distinct sources, x included.
-        multiple: each branch gets a multiple of so many columns.
     """
-    return _pack(tuple(ranks), tuple(branch_site), tuple(branch_source), sites, sources, multiple)
+    return _pack(tuple(ranks), tuple(branch_site), tuple(branch_source), sites, sources)

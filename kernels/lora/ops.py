@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import aten
 from .branches import operands
-from .buckets import BucketLayout, bucket_layout
+from .buckets import BucketLayout, bucket, bucket_layout
 from .dispatch import choose
 from .layout import Branch, GroupLayout, Site, group_layout
 
@@ -130,14 +130,14 @@ def _layout(
     branch_source: Sequence[int],
     sites: int,
 ) -> GroupLayout:
-    return group_layout(
-        [factor.shape[0] for factor in a],
-        branch_site,
-        branch_source,
-        sites=sites,
-        sources=len(sources),
-        multiple=aten.rank_multiple(sources[0]),
-    )
+    ranks = _widths(sources[0], a)
+    return group_layout(ranks, branch_site, branch_source, sites=sites, sources=len(sources))
+
+
+def _widths(x: Tensor, a: Sequence[Tensor]) -> list[int]:
+    """Columns of each branch in the S of `aten`."""
+    ranks = [factor.shape[0] for factor in a]
+    return [bucket(rank) for rank in ranks] if aten.pads_ranks(x) else ranks
 
 
 def _buckets(
@@ -234,8 +234,7 @@ def _fake_s(  # type: ignore[no-untyped-def]
     if implementation == "triton":
         return x.new_empty(m, _buckets(a, branch_site, branch_source, dropout, sites).columns)
     # Column by column in memory, as `aten` writes it.
-    multiple = aten.rank_multiple(x)
-    return x.new_empty(sum(-(-f.shape[0] // multiple) * multiple for f in a), m).t()
+    return x.new_empty(sum(_widths(x, a)), m).t()
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

@@ -179,7 +179,7 @@ def test_gradients_do_not_hold_the_stack(name, dtype):
     ("dtype", "columns"),
     [(torch.float32, 1 + 3 + 17), (torch.bfloat16, 16 + 16 + 32), (torch.float16, 16 + 16 + 32)],
 )
-def test_ranks_are_rounded_up_where_a_cpu_compiles_products_for_their_sizes(dtype, columns):
+def test_ranks_are_padded_where_a_cpu_compiles_products_for_their_sizes(dtype, columns):
     draw, ranks = Draw(dtype), (1, 3, 17, 0)
     a = [draw.tensor(rank, 24) for rank in ranks]
     b = [draw.tensor(40, rank) for rank in ranks]

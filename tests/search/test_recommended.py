@@ -48,13 +48,13 @@ def test_a_head_is_warmed_where_there_is_one(bert, llama):
     assert variant(llama, Budget(rank=4)) == Variant(floor=1)
 
 
-def test_a_floor_needs_a_budget_that_leaves_something_to_allocate(bert):
+def test_a_floor_needs_a_budget_that_pays_for_it(bert):
     # Per layer four linears of 16 x 16 and two of 16 x 24, and the pooler.
     unit = 2 * (4 * 32 + 2 * 40) + 32
     spread = Variant(head_steps=70, by_layer=True)
-    assert variant(bert, Budget(rank=1)) == spread
-    assert variant(bert, Budget(params=2 * unit - 1)) == spread
-    assert variant(bert, Budget(params=2 * unit)) == Variant(head_steps=70, floor=1)
+    assert variant(bert, Budget(params=unit - 1)) == spread
+    assert variant(bert, Budget(params=unit)) == Variant(head_steps=70, floor=1)
+    assert variant(bert, Budget(rank=1)) == Variant(head_steps=70, floor=1)
     assert variant(bert, Budget(rank=4), ranks=(0, 16)) == spread
 
 
