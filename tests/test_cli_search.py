@@ -97,11 +97,14 @@ def test_search_without_a_proxy_takes_what_the_evidence_recommends(
     assert result["proxy"] == "spectral"
     assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (70, 1)
     assert min(result["ranks"].values()) >= 1
-    # Rank 1 everywhere would be all that the budget buys.
+    # Rank 1 everywhere is all that the budget buys, and then more than it buys.
     result = found("--budget-rank 1 --head-steps 3")
-    assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (3, 0)
-    assert result["variant"]["by_layer"] is True
-    assert found("--budget-rank 1 --no-by-layer")["variant"]["by_layer"] is False
+    assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (3, 1)
+    assert set(result["ranks"].values()) == {1}
+    less = f"--budget-params {result['parameters'] - 1}"
+    variant = found(less)["variant"]
+    assert (variant["floor"], variant["by_layer"]) == (0, True)
+    assert found(f"{less} --no-by-layer")["variant"]["by_layer"] is False
     result = found("--budget-rank 2 --proxy grad-norm")
     assert result["proxy"] == "grad-norm"
     assert (result["variant"]["head_steps"], result["variant"]["floor"]) == (0, 0)
