@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
         raise BenchError(f"--workers must be at least 1, not {workers}")
     _check(config, arms, args.data)
     store = Store(args.out)
-    with terminable():
+    with terminable(), store.locked():
         try:
             failed = _work(config, arms, store, args.data, workers, f"evidence {config_path.stem}")
         except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,28 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While this one command writes here: two would do every run twice, at half the speed.
+
+        Raises:
+            BenchError: another command is at work on this folder.
+        """
+        from filelock import FileLock, Timeout
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = FileLock(self.folder / ".lock").acquire(blocking=False)
+        except Timeout as error:
+            raise BenchError(
+                f"{self.folder}: another `bench evidence` is at work on this folder; wait for its "
+                "end, stop it, or give another folder with --out"
+            ) from error
+        except OSError as error:
+            raise BenchError(f"{self.folder}: cannot be written ({error.strerror})") from error
+        with held:
+            yield
 
     def result(self, run: Run) -> dict[str, Any] | None:
         """What an earlier command found for this run, or None.

@@ -70,7 +70,7 @@ def done(monkeypatch):
 
 
 def files(out):
-    return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(out)) for path in out.rglob("*.json"))
 
 
 def test_every_run_is_done_once_and_kept(given, done, capsys):
@@ -98,6 +98,23 @@ def test_every_run_is_done_once_and_kept(given, done, capsys):
     (out / "test/sick/random/rank1-seed1-lr0.001.json").unlink()
     assert command(*arguments(given)) == 0
     assert done == ["test/sick/random/rank1-seed1-lr0.001"]
+
+
+def test_two_commands_do_not_share_a_folder(given, done):
+    with (
+        Store(given[2]).locked(),
+        pytest.raises(BenchError, match="another `bench evidence` is at work on this folder"),
+    ):
+        command(*arguments(given))
+    assert not done
+    assert command(*arguments(given)) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(given, done):
+    given[2].write_text("a file")
+    with pytest.raises(BenchError, match="out: cannot be written"):
+        command(*arguments(given))
+    assert not done
 
 
 def test_only_some_arms(given, done):
