@@ -1,4 +1,5 @@
-"""Models and rows of the train cases: the film reviews that come with heterolora, at fixed length.
+"""Models and rows of the train cases: the film reviews that come with heterolora, at one length or
+each at its own.
 
 Nothing is downloaded. MiniLM has its real weights and tokenizer where their package is installed;
 every other model has random weights and reads bytes.
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.nn.utils.rnn import pad_sequence
 
 from heterolora.bench import workloads
 from heterolora.bench.steps import SEED, Inputs, Workload, linears
@@ -19,7 +20,7 @@ from heterolora.columns import Task
 from heterolora.errors import ModelError
 from heterolora.models import disable_dropout, embedded_minilm, load_model
 
-__all__ = ["RANDOM", "TrainingLoad", "classifier", "language", "minilm"]
+__all__ = ["RANDOM", "TrainingLoad", "classifier", "language", "minilm", "to_longest"]
 
 RANDOM = "random weights, bytes"
 
@@ -41,25 +42,33 @@ class TrainingLoad(Workload):
     weights: str = RANDOM
 
 
-def classifier(*, batch: int, **sizes: Any) -> TrainingLoad:
+def classifier(*, batch: int, padded: bool = True, **sizes: Any) -> TrainingLoad:
     """`workloads.bert` on the bytes of the reviews, positive or negative.
 
     Args:
+        padded: every row has `length`; if not, a batch is as long as its longest row.
         sizes: as of `workloads.bert`.
     """
     texts, labels = _labelled()
-    ids = [list(text.encode())[: sizes["length"]] for text in texts]
-    return _load(workloads.bert(batch=batch, **sizes), _padded(ids, labels, sizes["length"]))
+    length = sizes["length"]
+    rows = _rows([list(text.encode())[:length] for text in texts], labels, length if padded else 0)
+    return _load(workloads.bert(batch=batch, **sizes), rows)
 
 
-def minilm(*, batch: int, length: int, dtype: Any, device: Any, **sizes: int) -> TrainingLoad:
+def minilm(
+    *, batch: int, length: int, dtype: Any, device: Any, padded: bool = True, **sizes: int
+) -> TrainingLoad:
     """all-MiniLM-L6-v2 with a new head, its dropout off; as `classifier` where the package with its
     weights is not installed.
+
+    Args:
+        padded: as of `classifier`.
     """
     try:
         embedded_minilm()
     except ModelError:
-        return classifier(batch=batch, length=length, dtype=dtype, device=device, **sizes)
+        plain = {"length": length, "dtype": dtype, "device": device, **sizes}
+        return classifier(batch=batch, padded=padded, **plain)
     name = str(dtype).removeprefix("torch.")
     model, tokenizer = load_model(
         "minilm", task="classification", num_labels=2, dtype=name, seed=SEED
@@ -68,7 +77,7 @@ def minilm(*, batch: int, length: int, dtype: Any, device: Any, **sizes: int) ->
     model.to(device).requires_grad_(False).train()
     texts, labels = _labelled()
     ids = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-    rows = _padded(ids, labels, length)
+    rows = _rows(ids, labels, length if padded else 0)
     return TrainingLoad(
         model=model,
         targets=linears(model, r"bert\.encoder\..*"),
@@ -103,7 +112,7 @@ def _load(plain: Workload, rows: list[Row]) -> TrainingLoad:
 def _batch(model: Any, rows: list[Row], count: int) -> dict[str, Any]:
     """The fields of a Workload that a batch of the first `count` rows gives."""
     device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in default_collate(rows[:count]).items()}
+    inputs = {name: value.to(device) for name, value in to_longest(rows[:count]).items()}
     entry = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
     return {
@@ -119,14 +128,24 @@ def _loss(module: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [module(**inputs).loss]
 
 
-def _padded(ids: Sequence[Sequence[int]], labels: Sequence[int], length: int) -> list[Row]:
+def _rows(ids: Sequence[Sequence[int]], labels: Sequence[int], length: int) -> list[Row]:
+    """Rows of `length`, or of their own where that is more."""
     rows = []
     for row, label in zip(ids, labels, strict=True):
-        kept = torch.zeros(length, dtype=torch.int64)
+        kept = torch.zeros(max(length, len(row)), dtype=torch.int64)
         kept[: len(row)] = torch.tensor(row)
-        mask = (torch.arange(length) < len(row)).long()
+        mask = (torch.arange(len(kept)) < len(row)).long()
         rows.append({"input_ids": kept, "attention_mask": mask, "labels": torch.tensor(label)})
     return rows
+
+
+def to_longest(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """A batch as long as its longest row; ids and mask are 0 where another one has ended."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {
+        name: pad_sequence(column, batch_first=True) if column[0].ndim else torch.stack(column)
+        for name, column in columns.items()
+    }
 
 
 def _labelled() -> tuple[list[str], list[int]]:

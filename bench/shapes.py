@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -108,6 +109,11 @@ TRAINED = [
         batch=4, length=16, quick=True,
     ),
     _shape("minilm", "MiniLM-L6", reviews.minilm, _MINILM, {"heads": 12}, batch=32, length=32),
+    # As `heterolora train` makes batches; a library that compiles for each size has much to do.
+    _shape(
+        "minilm-lengths", "MiniLM-L6, batches as long as their longest row",
+        partial(reviews.minilm, padded=False), _MINILM, {"heads": 12}, batch=32, length=64,
+    ),
     _shape(
         "llama-1b", "Llama-3.2-1B shapes", reviews.language, _LLAMA_1B, batch=8, length=1024
     ),

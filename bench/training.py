@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import default_collate
 
 from heterolora.bench import harness, memory, peers
 from heterolora.bench.harness import BenchError, Timing
 from heterolora.bench.launches import launches
 from heterolora.bench.parity import OpCalls
 from heterolora.bench.record import Training
-from heterolora.bench.reviews import TrainingLoad
+from heterolora.bench.reviews import TrainingLoad, to_longest
 from heterolora.bench.steps import RANK, SEED, Step, adapter_parameters, twin
 
 if TYPE_CHECKING:
@@ -322,7 +321,7 @@ def _data(load: TrainingLoad) -> Any:
     from heterolora.data import TokenizedData
 
     splits: Any = {"train": load.rows}
-    return TokenizedData(splits, None, default_collate, load.task, ())
+    return TokenizedData(splits, None, to_longest, load.task, ())
 
 
 def _batch_size(load: TrainingLoad) -> int:

@@ -52,6 +52,7 @@ def test_every_kind_size_and_dtype_of_the_grid_is_registered():
         *(f"{m}-16x512-bf16-uniform" for m in ("opt-350m", "roberta-large")),
         "scoring-minilm-16x64-fp32",
         *(f"train-minilm-32x32-{dtype}" for dtype in ("fp32", "bf16")),
+        *(f"train-minilm-lengths-32x64-{dtype}" for dtype in ("fp32", "bf16")),
         "train-llama-1b-8x1024-bf16",
     ):
         assert name in cases.CASES

@@ -74,6 +74,23 @@ def test_minilm_has_its_own_weights_where_they_are_installed(monkeypatch):
     assert not [m for m in real.model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
 
 
+def test_batches_are_as_long_as_their_longest_row():
+    sizes = {**TINY.shapes, "length": 64}
+    load = reviews.classifier(**sizes, padded=False, dtype=torch.float32, device=CPU)
+    even = reviews.classifier(**sizes, dtype=torch.float32, device=CPU)
+    lengths = [len(row["input_ids"]) for row in load.rows]
+    assert len(set(lengths)) > 20 and max(lengths) == 64
+    assert all(row["attention_mask"].all() for row in load.rows)
+    for start in (0, 4, 8):
+        batch, whole = (reviews.to_longest(one.rows[start : start + 4]) for one in (load, even))
+        longest = max(lengths[start : start + 4])
+        assert batch["input_ids"].shape == (4, longest) == batch["attention_mask"].shape
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(batch[name], whole[name][:, :longest])
+            assert not whole[name][:, longest:].any()
+        assert torch.equal(batch["labels"], whole["labels"])
+
+
 @pytest.mark.slow
 def test_a_case_end_to_end(tmp_path):
     case = dataclasses.replace(TINY, recipe=RECIPE)
