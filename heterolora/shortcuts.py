@@ -81,7 +81,9 @@ class Shortcuts(nn.Module):
                 number += 1
             carried = frozenset(s.candidate.layer for s in self if s.candidate.kind == "cross-ffn")
             windows = _windows(model, base, stack)
-            stacks.append(Stack(windows, layers, captures, carried, _witness(windows[-1])))
+            # Within the layers where it can be: there it is found at once.
+            home = windows[-1] if _witness(windows[-1]) is not None else base
+            stacks.append(Stack(windows, layers, captures, carried, _witness(home), home))
         self._sources = Sources(stacks)
         by_projection: dict[str, list[Shortcut]] = {}
         for shortcut in self:

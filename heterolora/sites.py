@@ -84,9 +84,11 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def head_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules of `head_names`; none where the model has no head that is trained in full."""
+    """The modules that PEFT trains in full for `head_names`: all whose name ends in one of them, as
+    DistilBERT's `pre_classifier` does. None where the model has no head that is trained in full.
+    """
     names = head_names(model)
-    return [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
+    return [m for name, m in model.named_modules() if names and name.endswith(names)]
 
 
 def linear_sites(model: nn.Module) -> list[Site]:
@@ -107,7 +109,8 @@ def find_sites(model: nn.Module, target_modules: str | Sequence[str] | None = No
 
     `target_modules` means what it means to `peft.LoraConfig`: "all-linear" (also the meaning of
     None here), a list of names or name suffixes, or a regular expression for full names. PEFT's own
-    matching decides, so output embeddings and task heads are left out exactly where PEFT does so.
+    matching decides, so output embeddings are left out exactly where PEFT does so; what is in
+    `head_modules` is left out always.
 
     Raises:
         ModelError: not a module, already adapted by PEFT, on the meta device, or without linears.
@@ -164,8 +167,14 @@ def _matched_names(model: nn.Module, wanted: str | Sequence[str]) -> list[str]:
     )
     _maybe_include_all_linear_layers(config, model)
     names = [name for name, _ in model.named_modules() if name]
+    # PEFT does not leave out all of them, and then cannot make the model.
+    full = {part for head in head_modules(model) for part in head.modules()}
     try:
-        matched = [name for name in names if check_target_module_exists(config, name)]
+        matched = [
+            name
+            for name, module in model.named_modules()
+            if name and module not in full and check_target_module_exists(config, name)
+        ]
     except re.error as error:
         raise SearchSpaceError(
             f"target_modules={wanted!r} is not a valid regular expression: {error}"

@@ -46,7 +46,8 @@ class Stack:
         layers: the layer modules by number.
         captures: the modules that are called with a source.
         carried: numbers of layers that read a source of the layer before.
-        witness: the first LoRA layer in the last of `windows`, if there is one.
+        witness: a LoRA layer, which tells whether adapters are on.
+        home: the module that `witness` was found in, as the first below it.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Stack:
         captures: Mapping[Key, nn.Module],
         carried: frozenset[int],
         witness: Any,
+        home: nn.Module,
     ) -> None:
         self.windows = list(windows)
         self.layers = dict(layers)
         self.captures = dict(captures)
         self.carried = carried
         self.witness = witness
+        self.home = home
 
 
 class _Frame:
@@ -184,7 +187,7 @@ class Sources:
         if torch.compiler.is_compiling() or module is not stack.windows[-1]:
             return True
         # As the first of its kind it is found at once, unless it is not there any more.
-        there = any(found is stack.witness for found in module.modules())
+        there = any(found is stack.witness for found in stack.home.modules())
         if not there and not self._warned:
             self._warned = True
             logger.warning("the LoRA layers were unloaded, and the shortcuts with them")

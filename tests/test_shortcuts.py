@@ -144,11 +144,12 @@ def test_mixed_precision():
     assert 0 < error(cast.float(), whole) < 0.05
 
 
-def test_off_with_the_adapters_and_gone_with_them(caplog):
+@pytest.mark.parametrize("targets", [["query", "value"], ["pooler.dense"]], ids="+".join)
+def test_off_with_the_adapters_and_gone_with_them(caplog, targets):
     base = plain("bert")
     batch = batch_for(base)
     expected = base(**batch).logits
-    model = with_shortcuts(base, targets=["query", "value"])
+    model = with_shortcuts(base, targets=targets)
     on = model(**batch).logits
     with model.disable_adapter():
         assert torch.equal(model(**batch).logits, expected)

@@ -91,7 +91,10 @@ def own_heads(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Training:
-    """AdamW on `parameters`, and nothing else of the model, with a batch for each step, in turn."""
+    """AdamW on `parameters`, and nothing else of the model, with a batch for each step, in turn.
+
+    In float32 for parameters of 16 bits, in which AdamW's second moments and its eps may be 0.
+    """
 
     def __init__(
         self,
@@ -102,7 +105,9 @@ class Training:
     ) -> None:
         self._model = model
         self._batches = batches
-        self._optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        self._parameters = list(parameters)
+        self._wide = [p if p.itemsize > 2 else nn.Parameter(p.detach().float()) for p in parameters]
+        self._optimizer = torch.optim.AdamW(self._wide, lr=lr, weight_decay=0.0)
         self._done = 0
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -119,9 +124,20 @@ class Training:
             for _ in numbers:
                 index = self._done % len(self._batches)
                 batch_loss(self._model, self._batches[index], index).backward()
-                self._optimizer.step()
-                self._optimizer.zero_grad(set_to_none=True)
+                self._step()
                 self._done += 1
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        pairs = zip(self._parameters, self._wide, strict=True)
+        narrow = [(parameter, wide) for parameter, wide in pairs if wide is not parameter]
+        for parameter, wide in narrow:
+            wide.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for parameter, wide in narrow:
+            parameter.copy_(wide)
 
 
 def warmed_heads(model: nn.Module, feed: Feed, variant: Variant) -> list[nn.Parameter]:

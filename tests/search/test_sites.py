@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from helpers import build
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from heterolora.errors import ModelError, SearchSpaceError
-from heterolora.search import SearchSpace
-from heterolora.sites import find_sites, head_names, task_type
+from heterolora.search import SearchSpace, adapt, uniform
+from heterolora.sites import find_sites, head_modules, head_names, task_type
 
 
 def adapted_by_peft(model, **arguments):
@@ -50,6 +51,18 @@ def test_explicit_targets_match_as_in_peft(subject, target):
     names = [site.name for site in find_sites(model, target)]
     peft_target = target if isinstance(target, str) else list(target)
     assert names == list(adapted_by_peft(model, target_modules=peft_target, task_type="SEQ_CLS"))
+
+
+def test_heads_that_peft_trains_by_the_end_of_their_name():
+    """`pre_classifier` ends like `classifier`, so PEFT trains and saves both in full."""
+    model = build("distilbert")
+    assert {name for name, _ in model.named_children()} >= {"pre_classifier", "classifier"}
+    assert not {"pre_classifier", "classifier"} & {site.name for site in find_sites(model)}
+    heads = head_modules(model)
+    assert heads == [model.pre_classifier, model.classifier]
+    adapted = adapt(model, uniform(model, 2)).get_base_model()
+    for head in (adapted.pre_classifier, adapted.classifier):
+        assert all(p.requires_grad for p in head.modules_to_save.parameters())
 
 
 def test_heads_are_never_candidates(subject):

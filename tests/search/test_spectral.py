@@ -11,7 +11,7 @@ from shortcut_models import with_shortcuts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heterolora import Budget, allocate, fuse
-from heterolora.errors import DataError, DegenerateScoreError
+from heterolora.errors import DataError, DegenerateScoreError, ScoreError
 from heterolora.search import SearchSpace
 from heterolora.search.scores.probe import SKETCH_RANK, draw_b
 from heterolora.search.scores.proxies import PROXIES
@@ -222,6 +222,15 @@ def test_ranks_follow_the_true_spectrum(subject):
     taken = [name for _, name in sorted(values, reverse=True)[: 3 * len(true)]]
     assert found.ranks == {name: taken.count(name) for name in true}
     assert len(set(found.ranks.values())) > 2
+
+
+@pytest.mark.parametrize("proxy", ["spectral", "spectral-sigma"])
+def test_gradients_that_overflow_are_refused_by_name(subject, proxy):
+    made = subject("bert")
+    layer = made.model.bert.encoder.layer[0].output.dense
+    layer.register_full_backward_hook(lambda _, grads, __: (grads[0] * float("inf"),))
+    with pytest.raises(ScoreError, match="the gradient of 'bert.encoder.layer.0.*' is not finite"):
+        allocate(made.model, made.batches(), budget=Budget(rank=2), proxy=proxy)
 
 
 def test_refusals(subject):

@@ -13,7 +13,8 @@ from heterolora import Allocation, Budget, SearchSpace, Variant, allocate
 from heterolora.errors import BudgetError, DataError, ScoreError, SearchSpaceError
 from heterolora.search import PROXIES
 from heterolora.search.preserve import preserved
-from heterolora.search.variant import own_heads
+from heterolora.search.scores.gradients import batch_loss
+from heterolora.search.variant import Training, own_heads
 from heterolora.shortcuts import KINDS
 
 WARM = [
@@ -45,6 +46,24 @@ def test_a_head_of_convolutions_and_batch_norm_comes_back_too(subject):
     before = fingerprint(model)
     allocate(model, made.batches(), budget=Budget(rank=2), variant=WARM[2])
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_head_of_16_bits_learns_as_one_of_32_does(subject, dtype):
+    made = subject("bert")
+    losses = []
+    for model in (copy.deepcopy(made.model).to(dtype), made.model):
+        with preserved(model):
+            heads = own_heads(model)
+            training = Training(model, heads, made.batches(1), 1e-2)
+            before = batch_loss(model, made.batch(0), 0).item()
+            training.run(20, "training the head")
+            losses.append((before, batch_loss(model, made.batch(0), 0).item()))
+            assert {parameter.dtype for parameter in heads} == {next(model.parameters()).dtype}
+    (start, low), (whole_start, whole) = losses
+    assert whole < whole_start - 0.05
+    # Eight bits of the losses are alike, over a gain of more than 0.05.
+    assert start == pytest.approx(whole_start, abs=0.02) and low == pytest.approx(whole, abs=0.02)
 
 
 class Interruption(Exception):

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from heterolora.errors import ScoreError
 from heterolora.search.gains import Gains
 from heterolora.search.scores.gradients import (
     Batch,
@@ -73,6 +74,10 @@ def _sigma(model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None) ->
     estimates = {}
     for name, grams in found.items():
         gram, rows = (torch.tensor(g, dtype=torch.float64) for g in grams)
+        if not gram.isfinite().all():
+            raise ScoreError(
+                f"the gradient of {name!r} is not finite; check the data, or score in a wider dtype"
+            )
         width = factors[name][0].shape[1]
         estimates[name] = _whitened(gram, rows, width) / scales[name]
     return estimates
