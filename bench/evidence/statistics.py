@@ -72,10 +72,10 @@ def paired_difference(
     seeds with replacement.
 
     A bootstrap of n seeds spreads by sqrt((n-1)/n) too little, and by a normal tail where Student's
-    is due; the percentiles taken are as far out as makes up for both. Of 4,000 sets of five normal
-    differences, plain percentiles covered the mean in 85 % and these in 93 %; of ten, in 90 and
-    95 %. The interval leaves out zero whenever all n differences have one sign, which happens by
-    chance with probability 2^(1-n): 1 in 16 for five seeds.
+    is due; the percentiles taken are as far out as makes up for both. Of 20,000 sets of five normal
+    differences, plain percentiles covered the mean in 84 % and these in 92 %; of 4,000 of ten, in
+    90 and 95 %. The interval leaves out zero whenever all n differences have one sign, which
+    happens by chance with probability 2^(1-n): 1 in 16 for five seeds.
 
     Args:
         arm, other: {seed: value}.

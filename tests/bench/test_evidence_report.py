@@ -81,9 +81,9 @@ def test_interval_of_few_seeds_covers_the_mean_as_often_as_documented():
     covered = 0
     for seed, values in enumerate(draws.tolist()):
         covered += not paired_difference(dict(enumerate(values)), zero, seed=seed).beyond_noise
-    # 93 % of normal differences, as the docstring has it, give or take three standard errors of a
-    # thousand; plain percentiles cover 85 %.
-    assert covered / 1000 == pytest.approx(0.93, abs=0.025)
+    # 92 % of normal differences, as the docstring has it, give or take three standard errors of a
+    # thousand; plain percentiles cover 84 %.
+    assert covered / 1000 == pytest.approx(0.92, abs=0.025)
 
 
 def test_report_without_scipy_says_what_to_install(tmp_path, monkeypatch):
