@@ -12,7 +12,15 @@ from torch import nn
 
 from heterolora.errors import ModelError, SearchSpaceError
 
-__all__ = ["Site", "find_sites", "head_modules", "head_names", "linear_sites", "task_type"]
+__all__ = [
+    "Site",
+    "find_sites",
+    "head_modules",
+    "head_names",
+    "heads_to_save",
+    "linear_sites",
+    "task_type",
+]
 
 # What PEFT's task-specific model classes train in full by themselves, and so never adapt.
 _TASK_HEADS = {
@@ -21,6 +29,8 @@ _TASK_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 _HEADS = ("classifier", "score", "qa_outputs")
+# Classes whose head transformers makes anew for the task, so that no pretrained weight is in it.
+_NEW_HEAD = ("Classification", "QuestionAnswering", "MultipleChoice")
 
 
 @dataclass(frozen=True)
@@ -74,13 +84,23 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the task heads of `model` that are trained in full and so are never candidates.
 
     For the task types whose PEFT class trains the head by itself these are the names it uses; for
-    any other model, the direct children that carry one of those names.
+    any other model, the direct children that carry one of those names. A task class of transformers
+    with none of them (BART's and T5's `classification_head`, XLNet's `logits_proj`) has its head
+    in what lies beside the base model.
     """
     kind = task_type(model)
-    if kind is not None:
-        return _TASK_HEADS.get(kind, ())
     children = dict(model.named_children())
-    return tuple(name for name in _HEADS if name in children)
+    names = _TASK_HEADS.get(kind, ()) if kind else tuple(n for n in _HEADS if n in children)
+    if any(name.endswith(names) for name, _ in model.named_modules() if names):
+        return names
+    return _beside_base(model) or names
+
+
+def heads_to_save(model: nn.Module) -> tuple[str, ...]:
+    """Those of `head_names` that PEFT has to be told to train in full (`modules_to_save`): its
+    class for the task type adds its own by itself."""
+    own = _TASK_HEADS.get(task_type(model) or "", ())
+    return tuple(name for name in head_names(model) if name not in own)
 
 
 def head_modules(model: nn.Module) -> list[nn.Module]:
@@ -89,6 +109,18 @@ def head_modules(model: nn.Module) -> list[nn.Module]:
     """
     names = head_names(model)
     return [m for name, m in model.named_modules() if names and name.endswith(names)]
+
+
+def _beside_base(model: nn.Module) -> tuple[str, ...]:
+    children = dict(model.named_children())
+    base = getattr(model, "base_model_prefix", "")
+    made_anew = any(cls.__name__.endswith(_NEW_HEAD) for cls in type(model).__mro__)
+    # Without the base model as one child, pretrained parts may be among the others.
+    if not made_anew or base not in children:
+        return ()
+    return tuple(
+        name for name, child in children.items() if name != base and list(child.parameters())
+    )
 
 
 def linear_sites(model: nn.Module) -> list[Site]:

@@ -27,7 +27,7 @@ from heterolora.search.step_time.model import StepTime
 from heterolora.search.step_time.spend import TimeBudget
 from heterolora.search.variant import Variant, scored, warmed_heads
 from heterolora.shortcuts import add_shortcuts, shortcut_candidates
-from heterolora.sites import Site, find_sites, head_names, task_type
+from heterolora.sites import Site, find_sites, heads_to_save, task_type
 
 __all__ = ["allocate", "uniform"]
 
@@ -213,14 +213,12 @@ def _allocation(
     ranks: dict[str, int],
     **fields: Any,
 ) -> Allocation:
-    kind = task_type(model)
     by_name = {site.name: site for site in sites}
     return Allocation(
         sites=by_name,
         shortcut_candidates={shortcut.name: shortcut for shortcut in shortcuts},
-        task_type=kind,
-        # PEFT's class for a task type adds that task's heads by itself.
-        modules_to_save=() if kind else head_names(model),
+        task_type=task_type(model),
+        modules_to_save=heads_to_save(model),
         lookalikes=tuple(
             name
             for name, _ in model.named_modules()

@@ -23,7 +23,7 @@ from heterolora.kernels.cost import Step
 from heterolora.kernels.cost_steps import Matmul, Problem
 from heterolora.search.preserve import preserved, seeded
 from heterolora.search.scores.proxies import Batch, batch_loss
-from heterolora.sites import Site, head_names
+from heterolora.sites import Site, head_modules
 
 __all__ = ["Group", "Trace", "trace"]
 
@@ -87,10 +87,11 @@ def trace(
         DataError, ModelError, ScoreError: as `heterolora.search.scores.proxies.batch_loss`.
     """
     with preserved(model), seeded(0), torch.enable_grad():
-        heads = head_names(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in heads)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
             parameter.grad = None
+        for head in head_modules(model):
+            head.requires_grad_(True)
         model.train()
         recorder = _Recorder()
         calls = _Calls(model, sites, recorder)

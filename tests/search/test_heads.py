@@ -1,0 +1,147 @@
+"""Heads that PEFT's task classes do not know by name are trained, saved and loaded all the same."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from heterolora import Budget, Variant
+from heterolora.search import adapt, allocate, recommended, uniform
+from heterolora.search.step_time.trace import trace
+from heterolora.sites import find_sites, head_modules, head_names, heads_to_save
+
+SMALL = {"vocab_size": 97, "num_labels": 3}
+SEQ2SEQ = {
+    **SMALL,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _xlnet(kind):
+    config = transformers.XLNetConfig(**SMALL, d_model=32, n_layer=1, n_head=2, d_inner=48)
+    return getattr(transformers, f"XLNetFor{kind}")(config)
+
+
+def _bart():
+    return transformers.BartForSequenceClassification(transformers.BartConfig(**SEQ2SEQ))
+
+
+def _t5():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**SMALL, **sizes, eos_token_id=2, decoder_start_token_id=0)
+    return transformers.T5ForSequenceClassification(config)
+
+
+def _xlm():
+    config = transformers.XLMConfig(**SMALL, emb_dim=32, n_layers=1, n_heads=2)
+    return transformers.XLMForSequenceClassification(config)
+
+
+HEADS = {
+    "bart": (_bart, ("classification_head",)),
+    "t5": (_t5, ("classification_head",)),
+    "xlm": (_xlm, ("sequence_summary",)),
+    "xlnet": (
+        lambda: _xlnet("SequenceClassification"),
+        ("sequence_summary", "logits_proj"),
+    ),
+    "xlnet multiple choice": (
+        lambda: _xlnet("MultipleChoice"),
+        ("sequence_summary", "logits_proj"),
+    ),
+    "xlnet question answering": (
+        lambda: _xlnet("QuestionAnswering"),
+        ("start_logits", "end_logits", "answer_class"),
+    ),
+}
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    return HEADS[name][0]().train()
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 97, (2, 3, 9), generator=generator)
+    ids[..., -1] = 2  # T5 and BART classify the state at the end-of-sequence token.
+    return [
+        {"input_ids": x, "attention_mask": torch.ones_like(x), "labels": torch.arange(3)}
+        for x in ids
+    ]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_what_lies_beside_the_base_model_is_the_head(name):
+    model = model_of(name)
+    expected = HEADS[name][1]
+    assert head_names(model) == heads_to_save(model) == expected
+    assert head_modules(model) == [getattr(model, head) for head in expected]
+    assert {site.name.split(".")[0] for site in find_sites(model)} == {model.base_model_prefix}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_it_is_trained_and_comes_back_from_disk(name, tmp_path):
+    model = model_of(name)
+    plain = copy.deepcopy(model)
+    adapted = adapt(model, uniform(model, 2))
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert {n.split(".modules_to_save")[0].rsplit(".", 1)[1] for n in trained} == set(
+        HEADS[name][1]
+    )
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(1.0)
+    adapted.save_pretrained(tmp_path)
+    again = dict(PeftModel.from_pretrained(plain, tmp_path).named_parameters())
+    for key, parameter in trained.items():
+        assert torch.equal(again[key], parameter)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "xlm", "xlnet"])
+def test_it_is_warmed_before_scoring_and_left_as_it_was(name):
+    model = model_of(name)
+    before = copy.deepcopy(model.state_dict())
+    cold = allocate(model, batches(), budget=Budget(rank=2), proxy="spectral")
+    warm = allocate(
+        model,
+        batches(),
+        budget=Budget(rank=2),
+        proxy="spectral",
+        variant=Variant(head_steps=3, lr=0.05),
+    )
+    assert warm.scores.keys() == cold.scores.keys() and warm.scores != cold.scores
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["bart", "xlnet"])
+def test_its_backward_pass_is_paid_whatever_is_adapted(name):
+    model = model_of(name)
+    assert trace(model, batches()[0], find_sites(model)).backward[-1]
+
+
+def test_a_model_that_is_not_made_for_a_task_has_none():
+    bart = transformers.BartForConditionalGeneration(transformers.BartConfig(**SEQ2SEQ))
+    masked = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=97,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=48,
+        )
+    )
+    for model in (bart, masked, bart.model):
+        assert head_names(model) == ()
+        assert head_modules(model) == []
+    assert recommended(masked, Budget(rank=2))["variant"].head_steps == 0
