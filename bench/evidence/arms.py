@@ -15,13 +15,13 @@ import torch
 
 from heterolora.bench.evidence import outside
 from heterolora.bench.evidence.ablation import PARTS, ablated
+from heterolora.bench.evidence.dynamic import ON_OFF, dynamic
 from heterolora.bench.evidence.oracle import oracle
 from heterolora.bench.evidence.setting import Adapted, Setting, onto
 from heterolora.models import disable_dropout
 from heterolora.search import (
     Allocation,
     Budget,
-    DynamicSearchCallback,
     Variant,
     allocate,
     uniform,
@@ -29,9 +29,6 @@ from heterolora.search import (
 from heterolora.shortcuts import KINDS, shortcut_candidates
 
 __all__ = ["ARMS", "Arm", "allocated", "families"]
-
-# The paper's form: a module has four times the average rank or none, so a quarter of them is on.
-ON_OFF = 4
 
 # The part of uniform's training time that arms about time may take.
 SHORT = 0.6
@@ -148,35 +145,15 @@ def _varied(
     return build
 
 
-def _dynamic(proxy: str) -> Callable[[Setting], Adapted]:
-    def build(setting: Setting) -> Adapted:
-        whole = uniform(setting.model, ON_OFF * setting.rank, setting.space)
-        # Half of a static search's batches: they are scored again and again.
-        search = DynamicSearchCallback(
-            Budget(rank=setting.rank),
-            proxy=proxy,
-            batches=setting.batches(max(1, setting.scoring_batches // 2)),
-            seed=setting.seed,
-        )
-        adapted = onto(setting, whole)
-        adapted.callbacks.append(search)
+def _all_linear(build: Callable[[Setting], Adapted]) -> Callable[[Setting], Adapted]:
+    """What `build` does with the candidates of `heterolora search`, BERT's pooler among them, where
+    only the head that PEFT trains by itself is trained in full, as by `heterolora train`."""
 
-        def facts() -> dict[str, Any]:
-            counts = search.counts
-            return {
-                "ranks": search.ranks,
-                "rankings": len(search.rankings),
-                "parameters": {
-                    "enabled": counts.enabled,
-                    "ever_trained": counts.ever_trained,
-                    "stored": counts.stored,
-                },
-            }
+    def built(setting: Setting) -> Adapted:
+        space = replace(setting.space, target_modules=None)
+        return replace(build(replace(setting, space=space)), head_only=True)
 
-        adapted.facts = facts
-        return adapted
-
-    return build
+    return built
 
 
 def _shortcuts(setting: Setting) -> Adapted:
@@ -212,6 +189,19 @@ ARMS: dict[str, Arm] = {
             "peft-targets",
             "PEFT's default modules (query and value), all at one rank",
             outside.peft_targets,
+        ),
+        Arm(
+            "all-linear",
+            "all-linear",
+            "as heterolora train --rank: the pooler has an adapter, and is not trained in full",
+            _all_linear(_uniform),
+        ),
+        Arm(
+            "all-linear-search",
+            "all-linear",
+            "the same with the ranks of heterolora search and its defaults",
+            _all_linear(allocated("spectral", head_steps=WARM, floor=1)),
+            encoder=True,
         ),
         Arm("random", "uniform", "ranks of equal scores", allocated("constant")),
         Arm(
@@ -281,13 +271,13 @@ ARMS: dict[str, Arm] = {
             "dynamic-grad-norm",
             "dynamic",
             "HeteroLoRA's dynamic form, by gradient norm",
-            _dynamic("grad-norm"),
+            dynamic("grad-norm"),
         ),
         Arm(
             "dynamic-spectral",
             "dynamic",
             "the same by spectral gain",
-            _dynamic("spectral"),
+            dynamic("spectral"),
         ),
         Arm("shortcuts-all", "shortcuts", "uniform, and all four kinds of shortcut", _shortcuts),
         Arm("lora-higher", "uniform", "LoRA at the parameters of shortcuts-all", _higher),

@@ -58,6 +58,8 @@ class Adapted:
         model: a PeftModel, not fused.
         ranks: {name of a module or shortcut: rank} at the start.
         fused: train it through `FuseCallback`.
+        head_only: in full only the head is trained that PEFT trains by itself, and not what the
+            task names beside it.
         optimizer: of the model and the learning rate; by default Trainer's AdamW.
         share: of the run's epochs, so many are trained; the learning rate still falls to 0.
         callbacks: further callbacks of the Trainer.
@@ -70,6 +72,7 @@ class Adapted:
     model: Any
     ranks: dict[str, int]
     fused: bool = True
+    head_only: bool = False
     optimizer: Callable[[Any, float], Optimizer] | None = None
     share: float = 1.0
     callbacks: list[TrainerCallback] = field(default_factory=list)

@@ -22,6 +22,8 @@ __all__ = ["BASELINE", "differences", "grouped", "markdown", "metric_of", "relat
 BASELINE = "uniform"
 # What PEFT does where it is told no modules: the other thing to compare with.
 _DEFAULT = "peft-targets"
+# `heterolora train --rank` and `heterolora search`: the same candidates and the same trained head.
+_PLAIN, _SEARCHED = "all-linear", "all-linear-search"
 
 _METRICS = ("accuracy", "pearson")
 _HEADER = (
@@ -63,7 +65,9 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
             judged = [d for d in found.values() if d is not None and d.low is not None]
             compared += len(judged)
             beyond += sum(d.beyond_noise for d in judged)
-        lines += ["", *_against_default(arms, metric)]
+        lines += ["", *_against(_DEFAULT, "Against PEFT's default modules:", arms, arms)]
+        searched = [arm for arm in arms if arm == _SEARCHED]
+        lines += _against(_PLAIN, "With the command line's own candidates:", searched, arms)
     lines += [
         "Mean ± standard deviation over seeds. Differences are paired by seed, from "
         f"{FEWEST} seeds on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the "
@@ -72,9 +76,9 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
         f"differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
         "Parameters are those of the adapter in use at the end; where more had been trained, or "
         "other numbers are saved, these follow. Beside it every arm trains the same head in full, "
-        "where the task has one. Training time is CPU time without search and evaluation, "
-        "compared where one command ran both arms. A run that diverged has no loss and is left out "
-        "of the means; the column of seeds says so.",
+        "where the task has one, but all-linear and all-linear-search less of it. Training time is "
+        "CPU time without search and evaluation, compared where one command ran both arms. A run "
+        "that diverged has no loss and is left out of the means; the column of seeds says so.",
         "",
     ]
     return "\n".join(lines)
@@ -138,22 +142,23 @@ def _training_times(entries: Entries) -> dict[str, list[float]]:
     return found
 
 
-def _against_default(arms: Mapping[str, Entries], metric: str | None) -> list[str]:
-    """Lines of a table of the arms that have an interval, less PEFT's default modules."""
+def _against(
+    baseline: str, title: str, shown: Iterable[str], arms: Mapping[str, Entries]
+) -> list[str]:
+    """Lines of a table of those of `shown` that have an interval, less the baseline."""
+    measured = _measured(metric_of(arms))
     rows = []
-    for arm in arms:
-        found = differences(arm, arms, _DEFAULT)
-        if all(
-            difference is not None and difference.low is not None for difference in found.values()
-        ):
-            cells = [_difference(found[key], digits) for key, _, digits in _measured(metric)]
-            rows.append(_row([arm, *cells]))
+    for arm in shown:
+        found = differences(arm, arms, baseline)
+        if all(d is not None and d.low is not None for d in found.values()):
+            rows.append(
+                _row([arm, *(_difference(found[key], digits) for key, _, digits in measured)])
+            )
     if not rows:
         return []
-    keys = [key for key, _, _ in _measured(metric)]
-    header = ["arm", *(f"{key} − {_DEFAULT}" for key in keys)]
-    rule = ["---", *("---:" for _ in keys)]
-    return ["Against PEFT's default modules:", "", _row(header), _row(rule), *rows, ""]
+    header = ["arm", *(f"{key} − {baseline}" for key, _, _ in measured)]
+    rule = ["---", *("---:" for _ in measured)]
+    return [title, "", _row(header), _row(rule), *rows, ""]
 
 
 def _measured(metric: str | None) -> list[tuple[str, float, int]]:

@@ -80,7 +80,7 @@ class Trials:
         preparing = _Clock()
         adapted = ARMS[run.arm].build(setting)
         prepared = preparing.seconds()
-        heads = _train_in_full(adapted.model, task.trained)
+        heads = _train_in_full(adapted.model, () if adapted.head_only else task.trained)
         count = adapter_parameters(adapted.model)
 
         timer = _StepTimer()

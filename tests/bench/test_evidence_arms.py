@@ -35,6 +35,8 @@ TIMED = [name for name in ARMS if name.startswith("time-")]
 ABLATIONS = [name for name in ARMS if name.startswith(("alone-", "without-"))]
 # Knows six layers, and the tiny model has two.
 UNTIMED = [name for name in ARMS if name not in (*TIMED, *ABLATIONS, "oracle-sick")]
+# With the pooler's 32 x 32 linear among the candidates, and not trained in full beside them.
+ALL_LINEAR = [name for name in ARMS if name.startswith("all-linear")]
 # One of each way to be built; the others run with the slow tests.
 FEW = (
     "uniform",
@@ -85,7 +87,8 @@ def test_every_arm_trains_and_is_measured(results, name):
     assert not result["diverged"] and 0 < result["loss"] < 3
     assert 0 <= result["accuracy"] <= 1
     # Pooler, and classifier of three classes.
-    assert result["trained_in_full"] == 32 * 32 + 32 + 3 * 32 + 3
+    pooler = 0 if name in ALL_LINEAR else 32 * 32 + 32
+    assert result["trained_in_full"] == pooler + 3 * 32 + 3
     assert result["seconds_per_step"]["cpu"] > 0
     assert len(result["ranks"]) > 0
     # All but these go through FuseCallback; AdaLoRA's layers are not LoRA's. Of layers as small as
@@ -98,7 +101,7 @@ def test_parameters_are_within_the_budget(results, name):
     enabled = results[name]["parameters"]["enabled"]
     shortcuts = name in ("shortcuts-all", "lora-higher")
     # Seven shortcuts, as the first layer has no cross-ffn, of 64 parameters each.
-    budget = 2 * UNIT + (2 * 7 * 64 if shortcuts else 0)
+    budget = 2 * UNIT + (2 * 7 * 64 if shortcuts else 0) + (2 * 64 if name in ALL_LINEAR else 0)
     budget *= BUDGET_SPENT.get(name, 1)
     assert 0.9 * budget < enabled <= budget
     if name in ("uniform", "random", "grad-norm", "shuffled", "shortcuts-all"):
@@ -245,6 +248,19 @@ def test_pefts_default_modules_get_the_whole_budget(model):
     given.model.config.model_type = "unheard-of"
     with pytest.raises(BenchError, match="PEFT adapts no module of 'unheard-of' by default"):
         outside.peft_targets(given)
+
+
+def test_the_command_lines_own_candidates_take_the_pooler_in_and_leave_only_the_head(trials, model):
+    plain = trials.run(a_run(model, arm="uniform"))
+    found = {arm: trials.run(a_run(model, arm=arm)) for arm in ("all-linear", "all-linear-search")}
+    pooler = "bert.pooler.dense"
+    for arm, result in found.items():
+        assert set(result["ranks"]) == {*plain["ranks"], pooler}, arm
+        # The pooler's 32 x 32 weights and 32 biases, and nothing else, are trained only in uniform.
+        assert plain["trained_in_full"] - result["trained_in_full"] == 32 * 32 + 32
+        assert result["parameters"]["enabled"] == 2 * (UNIT + 32 + 32)
+    assert set(found["all-linear"]["ranks"].values()) == {2}
+    assert min(found["all-linear-search"]["ranks"].values()) >= 1
 
 
 def test_eva_keeps_its_components_and_its_scale(model):
