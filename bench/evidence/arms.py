@@ -15,6 +15,7 @@ import torch
 
 from heterolora.bench.evidence import outside
 from heterolora.bench.evidence.ablation import PARTS, ablated
+from heterolora.bench.evidence.candidates import all_linear, pooler_by_hand
 from heterolora.bench.evidence.dynamic import ON_OFF, dynamic
 from heterolora.bench.evidence.oracle import oracle
 from heterolora.bench.evidence.setting import Adapted, Setting, onto
@@ -145,17 +146,6 @@ def _varied(
     return build
 
 
-def _all_linear(build: Callable[[Setting], Adapted]) -> Callable[[Setting], Adapted]:
-    """What `build` does with the candidates of `heterolora search`, BERT's pooler among them, where
-    only the head that PEFT trains by itself is trained in full, as by `heterolora train`."""
-
-    def built(setting: Setting) -> Adapted:
-        space = replace(setting.space, target_modules=None)
-        return replace(build(replace(setting, space=space)), head_only=True)
-
-    return built
-
-
 def _shortcuts(setting: Setting) -> Adapted:
     """LoRA of the given rank everywhere, and every shortcut at that rank and scale too."""
     space = replace(setting.space, shortcuts=KINDS)
@@ -194,13 +184,27 @@ ARMS: dict[str, Arm] = {
             "all-linear",
             "all-linear",
             "as heterolora train --rank: the pooler has an adapter, and is not trained in full",
-            _all_linear(_uniform),
+            all_linear(_uniform),
         ),
         Arm(
             "all-linear-search",
             "all-linear",
             "the same with the ranks of heterolora search and its defaults",
-            _all_linear(allocated("spectral", head_steps=WARM, floor=1)),
+            all_linear(allocated("spectral", head_steps=WARM, floor=1)),
+            encoder=True,
+        ),
+        Arm(
+            "all-linear-shuffled",
+            "all-linear",
+            "all-linear-search's scores dealt out anew",
+            all_linear(allocated("spectral", head_steps=WARM, floor=1, shuffle=True)),
+            encoder=True,
+        ),
+        Arm(
+            "all-linear-pooler",
+            "all-linear",
+            "the pooler at four times the rank by hand, the others by equal scores",
+            all_linear(pooler_by_hand),
             encoder=True,
         ),
         Arm("random", "uniform", "ranks of equal scores", allocated("constant")),

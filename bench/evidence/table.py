@@ -22,8 +22,8 @@ __all__ = ["BASELINE", "differences", "grouped", "markdown", "metric_of", "relat
 BASELINE = "uniform"
 # What PEFT does where it is told no modules: the other thing to compare with.
 _DEFAULT = "peft-targets"
-# `heterolora train --rank` and `heterolora search`: the same candidates and the same trained head.
-_PLAIN, _SEARCHED = "all-linear", "all-linear-search"
+# What `heterolora train --rank` does: the other arms of its family have its candidates and head.
+_PLAIN = "all-linear"
 
 _METRICS = ("accuracy", "pearson")
 _HEADER = (
@@ -66,8 +66,8 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
             compared += len(judged)
             beyond += sum(d.beyond_noise for d in judged)
         lines += ["", *_against(_DEFAULT, "Against PEFT's default modules:", arms, arms)]
-        searched = [arm for arm in arms if arm == _SEARCHED]
-        lines += _against(_PLAIN, "With the command line's own candidates:", searched, arms)
+        alike = [arm for arm in arms if arm.startswith(f"{_PLAIN}-")]
+        lines += _against(_PLAIN, "With the command line's own candidates:", alike, arms)
     lines += [
         "Mean ± standard deviation over seeds. Differences are paired by seed, from "
         f"{FEWEST} seeds on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the "
@@ -76,7 +76,7 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
         f"differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
         "Parameters are those of the adapter in use at the end; where more had been trained, or "
         "other numbers are saved, these follow. Beside it every arm trains the same head in full, "
-        "where the task has one, but all-linear and all-linear-search less of it. Training time is "
+        "where the task has one, but the all-linear ones less of it. Training time is "
         "CPU time without search and evaluation, compared where one command ran both arms. A run "
         "that diverged has no loss and is left out of the means; the column of seeds says so.",
         "",

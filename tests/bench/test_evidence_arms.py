@@ -19,6 +19,7 @@ from tiny import save_model
 from heterolora.bench.evidence import arms, outside
 from heterolora.bench.evidence.ablation import PARTS
 from heterolora.bench.evidence.arms import ARMS, allocated
+from heterolora.bench.evidence.candidates import pooler_by_hand
 from heterolora.bench.evidence.config import Run
 from heterolora.bench.evidence.oracle import oracle
 from heterolora.bench.evidence.setting import Setting, adapter_parameters
@@ -261,6 +262,20 @@ def test_the_command_lines_own_candidates_take_the_pooler_in_and_leave_only_the_
         assert result["parameters"]["enabled"] == 2 * (UNIT + 32 + 32)
     assert set(found["all-linear"]["ranks"].values()) == {2}
     assert min(found["all-linear-search"]["ranks"].values()) >= 1
+
+
+def test_the_pooler_by_hand_has_four_times_the_rank_at_the_same_parameters(results):
+    ranks = results["all-linear-pooler"]["ranks"]
+    pooler = "bert.pooler.dense"
+    assert ranks[pooler] == 8
+    rest = {rank for name, rank in ranks.items() if name != pooler}
+    assert 1 in rest and max(rest) <= 4
+    assert results["all-linear-pooler"]["parameters"]["enabled"] == 2 * (UNIT + 32 + 32)
+
+
+def test_without_a_pooler_among_the_candidates_nothing_is_given_by_hand(model):
+    with pytest.raises(BenchError, match="no pooler"):
+        pooler_by_hand(setting(model))
 
 
 def test_eva_keeps_its_components_and_its_scale(model):

@@ -161,6 +161,22 @@ def test_what_has_enough_seeds_is_compared_with_pefts_default_modules():
     ]
 
 
+def test_the_command_lines_candidates_are_compared_with_uniform_ranks_over_the_same():
+    entries = [entry("uniform", seed, 1.0 + seed, 0.8) for seed in range(5)]
+    entries += [entry("all-linear", seed, 1.2 + seed, 0.7) for seed in range(5)]
+    entries += [entry("all-linear-search", seed, 1.1 + seed, 0.8) for seed in range(5)]
+    entries += [entry("all-linear-pooler", seed, 1.1 + seed, 0.8) for seed in range(4)]
+    own, _, against = markdown(entries).partition("With the command line's own candidates:")
+    assert rows(own)["all-linear-search"][4] == "**+0.1000 [+0.1000, +0.1000]**"
+    found = rows(against)
+    assert [*found] == ["arm", "---", "all-linear-search"]
+    assert found["arm"] == ["loss − all-linear", "accuracy − all-linear"]
+    assert found["all-linear-search"] == [
+        "**-0.1000 [-0.1000, -0.1000]**",
+        "**+10.00 [+10.00, +10.00]**",
+    ]
+
+
 def test_table_refuses_two_results_for_one_seed():
     with pytest.raises(BenchError, match=r"uniform on sick at rank 2 has two results for seed 0"):
         markdown([entry("uniform", 0, 1.0), entry("uniform", 0, 2.0)])
