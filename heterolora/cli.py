@@ -81,7 +81,8 @@ def _search(args: argparse.Namespace) -> int:
         step_time=args.step_time,
         measured=args.measure_steps,
     )
-    own = args.shortcut_budget_rank
+    rank = args.shortcut_budget_rank
+    shortcut_budget = None if rank is None else Budget(rank=rank)
     space = SearchSpace(
         target_modules=options.targets(args.target_modules),
         ranks=options.ranks(args.ranks),
@@ -100,7 +101,7 @@ def _search(args: argparse.Namespace) -> int:
     from heterolora.data import batches
 
     if proxy is None:
-        advice = recommended(model, budget, space)
+        advice = recommended(model, budget, space, shortcut_budget)
         proxy = advice["proxy"]
         variant = replace(advice["variant"], **wished)
     feed = batches(data, count=args.batches, batch_size=args.batch_size, seed=args.seed)
@@ -109,7 +110,7 @@ def _search(args: argparse.Namespace) -> int:
         model.to(device),
         feed,
         budget=budget,
-        shortcut_budget=None if own is None else Budget(rank=own),
+        shortcut_budget=shortcut_budget,
         proxy=proxy,
         space=space,
         seed=args.seed,

@@ -143,14 +143,14 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         "--floor",
         type=int,
         metavar="R",
-        help="least rank of a module (default: 1 without --proxy where the budget pays for that "
-        "everywhere, else 0)",
+        help="least rank of a module or shortcut (default: 1 without --proxy where the budget pays "
+        "for that everywhere, else 0)",
     )
     search.add_argument(
         "--by-layer",
         action=argparse.BooleanOptionalAction,
         help="every layer's scores add up to the same (default: without --proxy where a budget of "
-        "parameters for modules alone comes without the floor)",
+        "parameters does not pay for that floor)",
     )
     search.add_argument(
         "--shortcuts",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from torch import nn
 
-from heterolora.search.budget import Budget
+from heterolora.search.budget import Budget, Priced
 from heterolora.search.space import SearchSpace
 from heterolora.search.variant import Variant
+from heterolora.shortcuts import shortcut_candidates
 from heterolora.sites import find_sites, head_modules
 
 __all__ = ["Recommended", "recommended"]
@@ -23,34 +25,49 @@ class Recommended(TypedDict):
     variant: Variant
 
 
-def recommended(model: nn.Module, budget: Budget, space: SearchSpace | None = None) -> Recommended:
-    """The proxy and variant that docs/evidence.md found no worse than uniform ranks, or on a budget
-    that does not pay for these than ranks of equal scores, for budgets of parameters for modules:
+def recommended(
+    model: nn.Module,
+    budget: Budget,
+    space: SearchSpace | None = None,
+    shortcut_budget: Budget | None = None,
+) -> Recommended:
+    """The proxy and variant that docs/evidence.md supports:
     ``allocate(model, batches, budget=budget, **recommended(model, budget))``.
 
     Spectral gain; after 70 steps of the task head, where the model has one that is trained in full.
-    Ranks that concentrate on a few layers lose, so where the budget is of parameters for modules
-    alone every module gets rank 1 at least, if the budget pays for that, and otherwise every
-    layer's scores count for the same total. The latter was measured at a quarter of the parameters
-    of rank 2, and at rank 1, where uniform ranks were ahead of it. A budget of time gets neither,
-    and lost 4.7 points at 0.6 of the step's time; shortcuts get neither, and were not measured so.
+    Ranks that concentrate on a few layers lose, so every candidate, module or shortcut, gets rank 1
+    at least, if the budgets pay for that, and otherwise every layer's scores count for the same
+    total. Over modules the first was level with uniform ranks or ahead of them, at rank 2; the
+    second was measured at a quarter of the parameters of rank 2, where it was level with ranks of
+    equal scores, and at rank 1, where uniform ranks were ahead of it. With shortcuts the first was
+    level with uniform ranks and the second was not measured. A budget of time gets neither, and
+    lost 4.7 points at 0.6 of the step's time.
 
     Args:
-        model, budget, space: as of `heterolora.allocate`.
+        model, budget, space, shortcut_budget: as of `heterolora.allocate`.
 
     Raises:
-        ModelError, SearchSpaceError: as `heterolora.allocate`.
+        ModelError, SearchSpaceError, ShortcutError: as `heterolora.allocate`.
     """
     space = space or SearchSpace()
-    sites = find_sites(model, space.target_modules)
-    plain = sum(site.unit_cost for site in sites)
-    free = budget.step_time is None and not space.shortcuts
-    floor = free and 1 in space.ranks and budget.parameters(sites) >= plain
+    sites: Sequence[Priced] = find_sites(model, space.target_modules)
+    shortcuts: Sequence[Priced] = ()
+    if space.shortcuts:
+        shortcuts = shortcut_candidates(model, space.shortcuts, space.mapping)
+    pools = [(budget, [*sites, *shortcuts])]
+    if shortcut_budget is not None:
+        pools = [(budget, [*sites]), (shortcut_budget, [*shortcuts])]
+    affordable = all(
+        own.parameters(candidates) >= sum(candidate.unit_cost for candidate in candidates)
+        for own, candidates in pools
+    )
+    timed = budget.step_time is not None
+    floor = 1 in space.ranks and affordable and not timed
     return {
         "proxy": "spectral",
         "variant": Variant(
             head_steps=_HEAD_STEPS if head_modules(model) else 0,
             floor=int(floor),
-            by_layer=free and not floor,
+            by_layer=not floor and not timed,
         ),
     }

@@ -43,6 +43,11 @@ def variant(model, budget, **space):
     return found["variant"]
 
 
+def batches():
+    rows = torch.randint(0, 40, (2, 4, 6), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": ids, "labels": torch.arange(4) % 3} for ids in rows]
+
+
 def test_a_head_is_warmed_where_there_is_one(bert, llama):
     assert variant(bert, Budget(rank=4)) == Variant(head_steps=70, floor=1)
     assert variant(llama, Budget(rank=4)) == Variant(floor=1)
@@ -58,18 +63,41 @@ def test_a_floor_needs_a_budget_that_pays_for_it(bert):
     assert variant(bert, Budget(rank=4), ranks=(0, 16)) == spread
 
 
-def test_shortcuts_and_budgets_of_time_choose_among_layers(bert):
-    free = Variant(head_steps=70)
-    assert variant(bert, Budget(rank=4), shortcuts=("in-attn",)) == free
-    assert variant(bert, Budget(rank=4, step_time=0.6)) == free
+def test_shortcuts_get_a_floor_where_the_budget_pays_for_theirs_too(bert):
+    floor, spread = Variant(head_steps=70, floor=1), Variant(head_steps=70, by_layer=True)
+    shortcuts = {"shortcuts": ("in-attn",)}
+    # The modules, and a shortcut of 16 x 16 in each of the two layers.
+    modules, both = 2 * (4 * 32 + 2 * 40) + 32, 2 * 32
+    assert variant(bert, Budget(rank=1), **shortcuts) == floor
+    assert variant(bert, Budget(params=modules + both), **shortcuts) == floor
+    assert variant(bert, Budget(params=modules + both - 1), **shortcuts) == spread
+    space = SearchSpace(target_modules=None, **shortcuts)
+    for params, expected in ((both, floor), (both - 1, spread)):
+        own = Budget(params=params)
+        found = recommended(bert, Budget(params=modules), space, own)
+        assert found["variant"] == expected
+
+
+def test_budgets_of_time_choose_among_layers(bert):
+    assert variant(bert, Budget(rank=4, step_time=0.6)) == Variant(head_steps=70)
+
+
+@pytest.mark.parametrize("own", [None, Budget(rank=2)])
+def test_what_it_says_of_shortcuts_can_be_done(bert, own):
+    space = SearchSpace(target_modules=ENCODER, shortcuts=("in-attn", "cross-ffn"))
+    budget = Budget(rank=2)
+    advice = recommended(bert, budget, space, own)
+    found = allocate(bert, batches(), budget=budget, shortcut_budget=own, space=space, **advice)
+    assert min([*found.ranks.values(), *found.shortcuts.values()]) == 1
+    assert found.parameters <= found.budget_parameters
 
 
 def test_allocate_takes_it(bert):
-    rows = torch.randint(0, 40, (2, 4, 6), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": ids, "labels": torch.arange(4) % 3} for ids in rows]
     space = SearchSpace(target_modules=ENCODER)
     budget = Budget(rank=2)
-    found = allocate(bert, batches, budget=budget, space=space, **recommended(bert, budget, space))
+    found = allocate(
+        bert, batches(), budget=budget, space=space, **recommended(bert, budget, space)
+    )
     assert found.variant == Variant(head_steps=70, floor=1) and found.proxy == "spectral"
     assert 1 == min(found.ranks.values()) < max(found.ranks.values())
     assert found.parameters == found.budget_parameters
