@@ -76,7 +76,8 @@ def task_type(model: nn.Module) -> str | None:
             seq2seq = getattr(config, "is_encoder_decoder", False)
             return "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
         if name.endswith(("ForCausalLM", "LMHeadModel")):
-            return "CAUSAL_LM"
+            # PEFT's class for these keeps the method, which a model that cannot generate lacks.
+            return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
     return None
 
 
@@ -86,7 +87,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     For the task types whose PEFT class trains the head by itself these are the names it uses; for
     any other model, the direct children that carry one of those names. A task class of transformers
     with none of them (BART's and T5's `classification_head`, XLNet's `logits_proj`) has its head
-    in what lies beside the base model.
+    in what lies beside the base model. Of a class of somebody else's nobody knows what is new.
     """
     kind = task_type(model)
     children = dict(model.named_children())
@@ -114,12 +115,19 @@ def head_modules(model: nn.Module) -> list[nn.Module]:
 def _beside_base(model: nn.Module) -> tuple[str, ...]:
     children = dict(model.named_children())
     base = getattr(model, "base_model_prefix", "")
-    made_anew = any(cls.__name__.endswith(_NEW_HEAD) for cls in type(model).__mro__)
+    task = next((cls for cls in type(model).__mro__ if cls.__name__.endswith(_NEW_HEAD)), None)
+    made_anew = task is not None and task.__module__.startswith("transformers.")
     # Without the base model as one child, pretrained parts may be among the others.
     if not made_anew or base not in children:
         return ()
+    # PEFT goes by the ending, so a head named as a part of the base would take that along.
+    inner = [name for name, _ in children[base].named_modules()]
     return tuple(
-        name for name, child in children.items() if name != base and list(child.parameters())
+        name
+        for name, child in children.items()
+        if name != base
+        and list(child.parameters())
+        and not any(other.endswith(name) for other in inner)
     )
 
 
