@@ -42,6 +42,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number in 0..2**32-1")
+    return int(text)
+
+
 def write_json(target: str, result: Any) -> None:
     """Write the result where `--json` says: a file, or stdout for "-".
 
@@ -101,7 +107,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
         default="all-linear",
         help="all-linear, names or suffixes with commas between, or a regular expression",
     )
-    model.add_argument("--seed", type=int, default=0, help="of everything random")
+    model.add_argument("--seed", type=_seed, default=0, help="of everything random")
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +137,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="train the classification head N steps before scoring; undone afterwards "
-        "(default: 70 without --proxy, else 0)",
+        "(default: 70 without --proxy where there is one, else 0)",
     )
     search.add_argument(
         "--train-steps",
@@ -143,14 +149,14 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         "--floor",
         type=int,
         metavar="R",
-        help="least rank of a module or shortcut (default: 1 without --proxy where the budget pays "
-        "for that everywhere, else 0)",
+        help="least rank of a module or shortcut (default without --proxy: the smallest above 0 "
+        "where a budget without --step-time pays for that everywhere; else 0)",
     )
     search.add_argument(
         "--by-layer",
         action=argparse.BooleanOptionalAction,
-        help="every layer's scores add up to the same (default: without --proxy where a budget of "
-        "parameters does not pay for that floor)",
+        help="every layer's scores add up to the same (default: without --proxy where a budget "
+        "without --step-time does not pay for that floor)",
     )
     search.add_argument(
         "--shortcuts",
@@ -216,7 +222,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo", help="folder of the report and the adapters")
     parser.add_argument("--quick", action="store_true", help="fewer rows and steps")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random")
     add_json(parser)
 
 

@@ -120,7 +120,7 @@ class Allocation:
         return "|".join(map(re.escape, chosen)) if leaks else list(chosen)
 
     def save(self, path: str | Path) -> None:
-        """Write the allocation to `path` as JSON (schema version 1), creating its folder.
+        """Write the allocation to `path` as JSON (schema version 2), creating its folder.
 
         Raises:
             AllocationFileError: the file cannot be written.

@@ -17,6 +17,7 @@ __all__ = [
     "Budget",
     "Priced",
     "check_affordable",
+    "check_budget",
     "jittered",
     "log_gains",
     "normalise",
@@ -127,6 +128,14 @@ def rank_options(candidate: Priced, ranks: Sequence[int]) -> list[int]:
     would leave nothing to choose.
     """
     return [rank for rank in ranks if rank <= candidate.max_rank] or [ranks[0]]
+
+
+def check_budget(label: str, value: object) -> None:
+    """Raises:
+    BudgetError: `value` is no `Budget`.
+    """
+    if not isinstance(value, Budget):
+        raise BudgetError(f"{label} must be a Budget(rank=... or params=...), not {value!r}")
 
 
 def log_gains(weights: Sequence[float], ranks: Sequence[int]) -> list[list[float]]:

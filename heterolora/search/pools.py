@@ -11,6 +11,7 @@ from heterolora.search.budget import (
     Budget,
     Priced,
     check_affordable,
+    check_budget,
     solve,
 )
 from heterolora.search.gains import Gains, by_layer, divided, rank_gains
@@ -124,8 +125,7 @@ def gains_of(
 
 
 def _pool(label: str, candidates: Sequence[Priced], ranks: Sequence[int], budget: Budget) -> Pool:
-    if not isinstance(budget, Budget):
-        raise BudgetError(f"{label} must be a Budget(rank=... or params=...), not {budget!r}")
+    check_budget(label, budget)
     if budget.rank is not None and budget.rank > ranks[-1]:
         raise BudgetError(
             f"Budget(rank={budget.rank}) is above the largest rank to choose from ({ranks[-1]}), "

@@ -25,9 +25,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Parameters are not copied, since nothing done to a frozen model writes to them; that is checked.
 
     Raises:
-        ModelError: the model was created under `torch.inference_mode`, or a parameter was written
-            to by the model's own forward pass (for example an embedding with `max_norm`).
+        ModelError: `torch.inference_mode` is on or the model was created under it, or a parameter
+            was written to by the model's own forward pass (an embedding with `max_norm`).
     """
+    if torch.is_inference_mode_enabled():
+        raise ModelError("torch.inference_mode is on, and scoring needs autograd; leave it first")
     parameters = [
         (name, p, p.requires_grad, p.grad, p._version)
         for name, p in model.named_parameters()

@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from torch import nn
 
-from heterolora.search.budget import Budget, Priced
+from heterolora.search.budget import Budget, Priced, check_budget
 from heterolora.search.space import SearchSpace
 from heterolora.search.variant import Variant
 from heterolora.shortcuts import shortcut_candidates
@@ -35,20 +35,24 @@ def recommended(
     ``allocate(model, batches, budget=budget, **recommended(model, budget))``.
 
     Spectral gain; after 70 steps of the task head, where the model has one that is trained in full.
-    Ranks that concentrate on a few layers lose, so every candidate, module or shortcut, gets rank 1
-    at least, if the budgets pay for that, and otherwise every layer's scores count for the same
-    total. Over modules the first was level with uniform ranks or ahead of them, at rank 2; the
-    second was measured at a quarter of the parameters of rank 2, where it was level with ranks of
-    equal scores, and at rank 1, where uniform ranks were ahead of it. With shortcuts the first was
-    level with uniform ranks and the second was not measured. A budget of time gets neither, and
-    lost 4.7 points at 0.6 of the step's time.
+    Ranks that concentrate on a few layers lose, so every candidate, module or shortcut, gets the
+    smallest rank above 0 at least, if the budgets pay for that, and otherwise every layer's scores
+    count for the same total. Over modules the first was level with uniform ranks or ahead of them,
+    at rank 2; the second was measured at a quarter of the parameters of rank 2, where it was level
+    with ranks of equal scores, and at rank 1, where uniform ranks were ahead of it. With shortcuts
+    the first was level with uniform ranks and the second was not measured. A budget of time gets
+    neither, and lost 4.7 points at 0.6 of the step's time.
 
     Args:
         model, budget, space, shortcut_budget: as of `heterolora.allocate`.
 
     Raises:
+        BudgetError: a budget is no `Budget`.
         ModelError, SearchSpaceError, ShortcutError: as `heterolora.allocate`.
     """
+    check_budget("budget", budget)
+    if shortcut_budget is not None:
+        check_budget("shortcut_budget", shortcut_budget)
     space = space or SearchSpace()
     sites: Sequence[Priced] = find_sites(model, space.target_modules)
     shortcuts: Sequence[Priced] = ()
@@ -57,17 +61,18 @@ def recommended(
     pools = [(budget, [*sites, *shortcuts])]
     if shortcut_budget is not None:
         pools = [(budget, [*sites]), (shortcut_budget, [*shortcuts])]
+    least = min(rank for rank in space.ranks if rank > 0)
     affordable = all(
-        own.parameters(candidates) >= sum(candidate.unit_cost for candidate in candidates)
+        own.parameters(candidates) >= least * sum(candidate.unit_cost for candidate in candidates)
         for own, candidates in pools
     )
     timed = budget.step_time is not None
-    floor = 1 in space.ranks and affordable and not timed
+    floor = least if affordable and not timed else 0
     return {
         "proxy": "spectral",
         "variant": Variant(
             head_steps=_HEAD_STEPS if head_modules(model) else 0,
-            floor=int(floor),
+            floor=floor,
             by_layer=not floor and not timed,
         ),
     }

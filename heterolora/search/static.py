@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,8 @@ from heterolora.sites import Site, find_sites, heads_to_save, task_type
 
 __all__ = ["allocate", "uniform"]
 
+logger = logging.getLogger(__name__)
+
 
 def allocate(
     model: nn.Module,
@@ -51,6 +54,8 @@ def allocate(
     while the proxy runs over the batches; after that the model is bit-identical to what it was
     (weights, buffers, modes, `requires_grad`, `.grad`, module objects, RNG states), also after an
     error or Ctrl-C.
+
+    Candidates that no gradient reaches, and so score 0, are named in a warning of the log.
 
     Where every rank would go to shortcuts, the module of the best score gets one of them: PEFT has
     no adapter without a module.
@@ -129,6 +134,7 @@ def allocate(
             if proxy not in UNFUSED:
                 fuse(probe)
             scores = scored(probe, proxy, feed, heads, variant)
+            _warn_of_zeros(scores)
             if variant.shuffle:
                 scores = shuffled(scores, candidates, seed)
             scales = {site.name: scale for site in sites}
@@ -238,6 +244,19 @@ def _time_budget(
     if budget.measured:
         step = calibrated(step, model, batch, everywhere)
     return TimeBudget(budget, step, sites, ranks)
+
+
+def _warn_of_zeros(scores: Mapping[str, float]) -> None:
+    """Say which candidates no gradient reached: a floor or a large budget gives them ranks too."""
+    zeros = [name for name, score in scores.items() if score == 0]
+    if 0 < len(zeros) < len(scores):
+        logger.warning(
+            "%d of %d candidates score 0 (%s): if the loss does not depend on them, leave them "
+            "out of target_modules",
+            len(zeros),
+            len(scores),
+            ", ".join(zeros[:3]) + (", ..." if len(zeros) > 3 else ""),
+        )
 
 
 def _endings(name: str) -> set[str]:

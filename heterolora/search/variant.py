@@ -36,7 +36,8 @@ class Variant:
             mean of the scores after each quarter of them.
         lr: learning rate of both.
         floor: every candidate gets at least this rank. Smaller ranks are not offered.
-        by_layer: every transformer layer's scores count for the same total.
+        by_layer: every layer's scores count for the same total; a layer is the part of a name up to
+            its first number, which is a stage of a Swin or Segformer.
         shuffle: deal the scores out anew among candidates of equal size: a control.
 
     Raises:

@@ -119,6 +119,12 @@ def test_a_model_made_in_inference_mode_is_refused(subject):
         allocate(made.model, made.batches(), budget=Budget(rank=2))
 
 
+def test_inference_mode_is_refused(subject):
+    made = subject("bert")
+    with torch.inference_mode(), pytest.raises(ModelError, match="inference_mode is on"):
+        allocate(made.model, made.batches(), budget=Budget(rank=2))
+
+
 @pytest.mark.parametrize("name", ["bert", "opt", "gpt2"])
 def test_scores_are_those_of_a_seeded_rank_8_adapter(subject, name):
     made = subject(name, **({} if name == "gpt2" else {"dropout": 0.0}))
@@ -213,6 +219,25 @@ def test_batches_are_consumed_once_and_all(subject):
     assert found.scores == listed.scores
 
 
+def test_a_loader_of_a_stream_has_no_length(subject):
+    made = subject("bert")
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(made.batches())
+
+    sources = (Stream(), made.batches())
+    streamed, listed = (
+        allocate(
+            made.model,
+            torch.utils.data.DataLoader(source, batch_size=None),
+            budget=Budget(rank=2),
+        )
+        for source in sources
+    )
+    assert streamed.scores == listed.scores
+
+
 def test_scoring_ignores_a_surrounding_no_grad(subject):
     made = subject("bert")
     with torch.no_grad():
@@ -220,10 +245,13 @@ def test_scoring_ignores_a_surrounding_no_grad(subject):
     assert found.scores == allocate(made.model, made.batches(), budget=Budget(rank=2)).scores
 
 
-def test_a_module_outside_the_loss_scores_zero(subject):
+def test_a_module_outside_the_loss_scores_zero_and_is_named(subject, caplog):
     made = subject("bert")
+    allocate(made.model, made.batches(), budget=Budget(rank=2))
+    assert not caplog.records
     made.model.unused = torch.nn.Linear(32, 32)
     found = allocate(made.model, made.batches(), budget=Budget(rank=2))
+    assert "1 of 14 candidates score 0 (unused)" in caplog.text
     assert found.scores["unused"] == 0 and found.ranks["unused"] == 0
     space = SearchSpace(target_modules=["unused"])
     with pytest.raises(ModelError, match="depends on no adapted module"):

@@ -8,9 +8,10 @@ import transformers
 from peft import PeftModel
 
 from heterolora import Budget, Variant
+from heterolora.errors import ModelError
 from heterolora.search import adapt, allocate, recommended, uniform
 from heterolora.search.step_time.trace import trace
-from heterolora.sites import find_sites, head_modules, head_names, heads_to_save
+from heterolora.sites import find_sites, head_modules, head_names, heads_to_save, task_type
 
 SMALL = {"vocab_size": 97, "num_labels": 3}
 SEQ2SEQ = {
@@ -124,10 +125,55 @@ def test_it_is_warmed_before_scoring_and_left_as_it_was(name):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("proxy", ["synflow", "synflow-output"])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_synflow_says_that_it_needs_embeddings_for_input(name, proxy):
+    with pytest.raises(ModelError, match="does not run on all-ones embeddings.*use grad-norm"):
+        allocate(model_of(name), batches(), budget=Budget(rank=2), proxy=proxy)
+
+
 @pytest.mark.parametrize("name", ["bart", "xlnet"])
 def test_its_backward_pass_is_paid_whatever_is_adapted(name):
     model = model_of(name)
     assert trace(model, batches()[0], find_sites(model)).backward[-1]
+
+
+class OwnForSequenceClassification(transformers.BertPreTrainedModel):
+    """Somebody's own task class, with a second tower that may be pretrained."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config)
+        self.tower = torch.nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = torch.nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+def test_of_a_class_that_is_not_transformers_own_nothing_is_taken_for_new():
+    config = transformers.BertConfig(
+        **SMALL, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    model = OwnForSequenceClassification(config)
+    assert head_modules(model) == [] and heads_to_save(model) == ()
+    assert {"tower", "out_proj"} < {site.name for site in find_sites(model)}
+
+
+def test_a_head_that_is_named_like_a_part_of_the_base_does_not_take_that_along():
+    config = transformers.SwiftFormerConfig(
+        depths=[1, 1], embed_dims=[8, 16], mlp_ratio=2, downsamples=[True, True], num_labels=3
+    )
+    model = transformers.SwiftFormerForImageClassification(config)
+    assert any(name.endswith("norm") for name, _ in model.swiftformer.named_modules())
+    assert head_names(model) == ("head", "dist_head")
+    assert head_modules(model) == [model.head, model.dist_head]
+
+
+def test_a_decoder_that_cannot_generate_is_no_causal_model_to_peft():
+    class TinyForCausalLM(transformers.BertPreTrainedModel):
+        pass
+
+    assert not hasattr(TinyForCausalLM, "prepare_inputs_for_generation")
+    assert task_type(TinyForCausalLM(transformers.BertConfig())) is None
 
 
 def test_a_model_that_is_not_made_for_a_task_has_none():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from heterolora.errors import BudgetError
 from heterolora.search import Budget, SearchSpace, Variant, allocate, recommended
 
 ENCODER = r".*\.encoder\..*(query|key|value|dense)"
@@ -61,6 +62,21 @@ def test_a_floor_needs_a_budget_that_pays_for_it(bert):
     assert variant(bert, Budget(params=unit)) == Variant(head_steps=70, floor=1)
     assert variant(bert, Budget(rank=1)) == Variant(head_steps=70, floor=1)
     assert variant(bert, Budget(rank=4), ranks=(0, 16)) == spread
+
+
+def test_the_floor_is_the_smallest_rank_that_is_offered(bert):
+    ranks = (0, 2, 8)
+    assert variant(bert, Budget(rank=2), ranks=ranks) == Variant(head_steps=70, floor=2)
+    assert variant(bert, Budget(rank=1), ranks=ranks) == Variant(head_steps=70, by_layer=True)
+
+
+def test_what_is_no_budget_is_refused(bert):
+    with pytest.raises(
+        BudgetError, match=r"budget must be a Budget\(rank=... or params=...\), not 8"
+    ):
+        recommended(bert, 8)
+    with pytest.raises(BudgetError, match="shortcut_budget must be"):
+        recommended(bert, Budget(rank=8), shortcut_budget=8)
 
 
 def test_shortcuts_get_a_floor_where_the_budget_pays_for_theirs_too(bert):

@@ -93,6 +93,18 @@ def test_a_sketch_as_wide_as_the_input_is_the_gradient_itself(subject, rank):
     assert_spectra(PROXIES["spectral"](model, batches), exact, rel=1e-9)
 
 
+def test_a_direction_that_a_hardly_reads_is_left_out_at_an_unchanged_length(subject):
+    model, _, batches = adapted(subject, WIDTH)
+    with torch.no_grad():
+        for a in factors_of(model).values():
+            left, sizes, right = torch.linalg.svd(a)
+            sizes[-1] = 1e-5 * sizes[0]
+            a.copy_(left @ sizes.diag() @ right)
+    found = PROXIES["spectral"](model, batches)
+    for name in factors_of(model):
+        assert len(found.marginal[name]) == WIDTH and found.marginal[name][-1] == 0
+
+
 def test_only_the_row_space_of_a_matters(subject):
     """Neither its distribution, nor its size, nor alpha."""
     model, _, batches = adapted(subject, 4)
@@ -189,7 +201,7 @@ def test_a_module_outside_the_loss_and_one_whose_a_is_zero(subject):
     torch.nn.init.zeros_(layers[0].attention.self.query.lora_A["default"].weight)
     gains = PROXIES["spectral"](model, made.batches())
     assert gains.marginal["unused"] == (0.0, 0.0, 0.0)
-    assert gains.marginal["bert.encoder.layer.0.attention.self.query"] == ()
+    assert gains.marginal["bert.encoder.layer.0.attention.self.query"] == (0.0, 0.0, 0.0)
     assert gains["bert.encoder.layer.1.attention.self.query"] > 0
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 
 from heterolora import Budget, allocate
@@ -117,6 +118,27 @@ def test_refusals(subject):
     batch = {key: value for key, value in made.batch(0).items() if key != "labels"}
     with pytest.raises(ModelError, match="BertModel returns no logits"):
         synflow_output(model.get_base_model().bert, [batch])
+
+
+@pytest.mark.parametrize("proxy", ["synflow", "synflow-output"])
+def test_other_inputs_in_floating_point_are_of_the_scoring_dtype(proxy):
+    config = transformers.VisualBertConfig(
+        vocab_size=61,
+        hidden_size=32,
+        visual_embedding_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+    )
+    torch.manual_seed(0)
+    model = transformers.VisualBertForMultipleChoice(config).bfloat16()
+    batch = {
+        "input_ids": torch.randint(3, 61, (2, 2, 7)),
+        "visual_embeds": torch.randn(2, 2, 3, 16, dtype=torch.bfloat16),
+        "labels": torch.tensor([0, 1]),
+    }
+    found = allocate(model, [batch], budget=Budget(rank=2), proxy=proxy)
+    assert max(found.scores.values()) > 0
 
 
 def test_a_search_draws_a_b_to_score(subject):

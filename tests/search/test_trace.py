@@ -9,6 +9,7 @@ import transformers
 from helpers import batch_for, build, with_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from heterolora.errors import ModelError
 from heterolora.search.step_time.trace import trace
 from heterolora.sites import find_sites
 
@@ -147,6 +148,13 @@ def test_checkpointing_computes_the_forward_pass_again_and_never_ends_the_backwa
     needs, _ = observed(kept, batch, top)
     expected, _ = predicted(second, top)
     assert {n: needs[n] for n in expected} == expected and all(expected.values())
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = build("bert")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ModelError, match="called with gradients off.*'use_reentrant': False"):
+        trace(model, batch_for(model), find_sites(model))
 
 
 def test_a_module_that_is_called_twice_counts_all_its_rows():

@@ -107,6 +107,14 @@ def nonzero_b(model: nn.Module, proxy: str, seed: int) -> Iterator[None]:
                 b.zero_()
 
 
+def _length(batches: Iterable[Batch]) -> int | None:
+    try:
+        # A DataLoader has a length whatever it reads, and says so of a stream only when asked.
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
+
+
 class Feed:
     """Batches that can be iterated once, with a progress bar, and whose first one is kept; or, if
     all are kept, any number of times.
@@ -115,7 +123,7 @@ class Feed:
     def __init__(self, batches: Iterable[Batch]) -> None:
         if not isinstance(batches, Iterable):
             raise DataError(f"batches must be an iterable of dicts, not {type(batches).__name__}")
-        self._total = len(batches) if isinstance(batches, Sized) else None
+        self._total = _length(batches)
         self._rest = iter(batches)
         self._first: Batch | None = None
         self._kept: list[Batch] | None = None

@@ -44,7 +44,8 @@ def spectral(model: nn.Module, batches: Iterable[Batch], *, reduce: Reduce | Non
     whose rows have no preferred direction (Halko, Martinsson and Tropp, arXiv 0909.4061, section 4,
     sketch a matrix so); its singular values are the estimates. Whatever the distribution and size
     of A, it cancels; an A that has been trained is not random, and the estimate is biased to what
-    it has learned to see. An adapter of rank k or more shows G exactly.
+    it has learned to see. An adapter of rank k or more shows G exactly, but for directions that a
+    nearly singular A hardly reads, which are left out.
 
     Raises:
         DataError, ModelError, ScoreError: as `heterolora.search.scores.gradients.batch_loss`.
@@ -96,7 +97,9 @@ def _whitened(gram: Tensor, rows: Tensor, width: int) -> Tensor:
     # Rows that depend on others (always so beyond k) see nothing of their own.
     seen = length > length[-1] * len(length) * torch.finfo(torch.float32).eps
     white = basis[:, seen] / length[seen].sqrt()
-    if not white.shape[1]:
-        return gram.new_zeros(0)
-    square = torch.linalg.eigvalsh(white.T @ gram @ white).clamp_min(0).flip(0)
-    return (square * (width / white.shape[1])).sqrt()
+    # As many values whatever is seen, since means are taken over scorings.
+    found = gram.new_zeros(min(len(rows), width))
+    if white.shape[1]:
+        square = torch.linalg.eigvalsh(white.T @ gram @ white).clamp_min(0).flip(0)
+        found[: len(square)] = (square * (width / white.shape[1])).sqrt()
+    return found

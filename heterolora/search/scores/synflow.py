@@ -35,7 +35,8 @@ def synflow(
     """sum|A * dL/dA| + sum|B * dL/dB| of the loss with all parameters replaced by their absolutes.
 
     `input_ids` becomes all-ones `inputs_embeds` and a floating-point input (`pixel_values`) becomes
-    all ones, in the shape of the first batch, whose other entries (mask, labels) are kept; later
+    all ones, in the shape of the first batch, whose other entries (mask, labels) are kept, those in
+    floating point but for the labels in fp32; later
     batches and `reduce` are not used. As in HeteroLoRA, and unlike the original SynFlow, the loss
     is differentiated, not the summed output. In fp32, on copies: the model's tensors are not
     touched.
@@ -137,15 +138,23 @@ def _absolute_scores(
     # Not through the fused path: the gradient of a loss this saturated is a difference of nearly
     # equal numbers, so another order of summation would change the scores in their fourth digit.
     with torch.enable_grad(), torch.autocast(model_device(model).type, enabled=False):
-        torch.func.functional_call(backward, tensors, (_all_ones(model, batch, dtype),))
+        try:
+            torch.func.functional_call(backward, tensors, (_all_ones(model, batch, dtype),))
+        except (NotImplementedError, ValueError) as error:
+            # What classes raise that need token ids, such as BART's and T5's classification.
+            raise ModelError(
+                f"{type(plain_model(model)).__name__} does not run on all-ones embeddings in place "
+                f"of token ids, as synflow has it ({error}); use grad-norm"
+            ) from error
     return {name: measured(leaves[id(a)], leaves[id(b)]) for name, (a, b) in factors.items()}
 
 
 def _all_ones(model: nn.Module, batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
     ones = dict(batch)
-    for key in {*_FLOAT_INPUTS, getattr(plain_model(model), "main_input_name", "")} & ones.keys():
-        if ones[key].is_floating_point():
-            ones[key] = torch.ones_like(ones[key], dtype=dtype)
+    inputs = {*_FLOAT_INPUTS, getattr(plain_model(model), "main_input_name", "")}
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "labels":
+            ones[key] = torch.ones_like(value, dtype=dtype) if key in inputs else value.to(dtype)
     for prefix in ("", "decoder_"):
         ids = ones.pop(f"{prefix}input_ids", None)
         if ids is not None:

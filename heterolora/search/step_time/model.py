@@ -15,7 +15,7 @@ measured steps (:mod:`heterolora.search.step_time.fit`).
 Taken to be needed although it is not: gradients of operations that are executed after the cut but
 depend on nothing that is adapted, such as the first self-attention of a decoder where only the
 encoder is adapted, or the activation of a gate whose sibling is the cut. Left out: communication
-between processes, the data loader, and what reentrant checkpointing computes again.
+between processes and the data loader. Reentrant checkpointing is refused.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from heterolora.errors import ModelError
 from heterolora.kernels.cost import Step
 from heterolora.kernels.cost_steps import Matmul, Problem
 from heterolora.search.preserve import preserved, seeded
@@ -84,6 +85,7 @@ def trace(
         factor_itemsize: bytes of an element of the adapters; PEFT keeps them in float32.
 
     Raises:
+        ModelError: a candidate is called with gradients off (reentrant checkpointing).
         DataError, ModelError, ScoreError: as `heterolora.search.scores.proxies.batch_loss`.
     """
     with preserved(model), seeded(0), torch.enable_grad():
@@ -162,6 +164,12 @@ class _Calls:
                 if device not in self._zeros:
                     self._zeros[device] = torch.zeros((), device=device, requires_grad=True)
                 marked = output + self._zeros[device]
+            if marked.grad_fn is None:
+                raise ModelError(
+                    f"{name!r} is called with gradients off, as reentrant checkpointing does it, "
+                    "so a budget of time cannot see the backward pass; enable checkpointing with "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
             self.marks[marked.grad_fn] = self._first[name]
             return marked
 
