@@ -22,8 +22,9 @@ __all__ = ["BASELINE", "differences", "grouped", "markdown", "metric_of", "relat
 BASELINE = "uniform"
 # What PEFT does where it is told no modules: the other thing to compare with.
 _DEFAULT = "peft-targets"
-# What `heterolora train --rank` does: the other arms of its family have its candidates and head.
-_PLAIN = "all-linear"
+# What `heterolora train --rank` does, and after `heterolora search`: the other arms of this family
+# have the same candidates and head.
+_PLAIN, _SEARCHED = "all-linear", "all-linear-search"
 
 _METRICS = ("accuracy", "pearson")
 _HEADER = (
@@ -68,6 +69,8 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
         lines += ["", *_against(_DEFAULT, "Against PEFT's default modules:", arms, arms)]
         alike = [arm for arm in arms if arm.startswith(f"{_PLAIN}-")]
         lines += _against(_PLAIN, "With the command line's own candidates:", alike, arms)
+        controls = [arm for arm in alike if arm != _SEARCHED]
+        lines += _against(_SEARCHED, "Its controls, against the search:", controls, arms)
     lines += [
         "Mean ± standard deviation over seeds. Differences are paired by seed, from "
         f"{FEWEST} seeds on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the "

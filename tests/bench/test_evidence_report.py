@@ -166,15 +166,22 @@ def test_the_command_lines_candidates_are_compared_with_uniform_ranks_over_the_s
     entries += [entry("all-linear", seed, 1.2 + seed, 0.7) for seed in range(5)]
     entries += [entry("all-linear-search", seed, 1.1 + seed, 0.8) for seed in range(5)]
     entries += [entry("all-linear-pooler", seed, 1.1 + seed, 0.8) for seed in range(4)]
+    assert "controls" not in markdown(entries)
+    entries += [entry("all-linear-shuffled", seed, 1.3 + seed, 0.6) for seed in range(5)]
     own, _, against = markdown(entries).partition("With the command line's own candidates:")
+    against, _, controls = against.partition("Its controls, against the search:")
     assert rows(own)["all-linear-search"][4] == "**+0.1000 [+0.1000, +0.1000]**"
     found = rows(against)
-    assert [*found] == ["arm", "---", "all-linear-search"]
+    assert [*found] == ["arm", "---", "all-linear-search", "all-linear-shuffled"]
     assert found["arm"] == ["loss − all-linear", "accuracy − all-linear"]
     assert found["all-linear-search"] == [
         "**-0.1000 [-0.1000, -0.1000]**",
         "**+10.00 [+10.00, +10.00]**",
     ]
+    found = rows(controls)
+    assert [*found] == ["arm", "---", "all-linear-shuffled"]
+    assert found["arm"] == ["loss − all-linear-search", "accuracy − all-linear-search"]
+    assert found["all-linear-shuffled"][0] == "**+0.2000 [+0.2000, +0.2000]**"
 
 
 def test_table_refuses_two_results_for_one_seed():
