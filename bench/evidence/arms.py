@@ -11,22 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from heterolora.bench.evidence import outside
 from heterolora.bench.evidence.ablation import PARTS, ablated
-from heterolora.bench.evidence.candidates import all_linear, pooler_by_hand
+from heterolora.bench.evidence.candidates import all_linear, encoder_shuffled, pooler_by_hand
 from heterolora.bench.evidence.dynamic import ON_OFF, dynamic
 from heterolora.bench.evidence.oracle import oracle
-from heterolora.bench.evidence.setting import Adapted, Setting, onto
+from heterolora.bench.evidence.setting import Adapted, Setting, onto, searched
 from heterolora.models import disable_dropout
-from heterolora.search import (
-    Allocation,
-    Budget,
-    Variant,
-    allocate,
-    uniform,
-)
+from heterolora.search import Budget, Variant, uniform
 from heterolora.shortcuts import KINDS, shortcut_candidates
 
 __all__ = ["ARMS", "Arm", "allocated", "families"]
@@ -43,6 +35,9 @@ FEWER_WITHOUT_DROPOUT = 0.65
 
 # Steps of the head before spectral scores are taken.
 WARM = 70
+
+# Of `heterolora search`, for a model with a head and a budget of parameters above rank 1.
+_DEFAULTS: dict[str, Any] = {"proxy": "spectral", "head_steps": WARM, "floor": 1}
 
 
 @dataclass(frozen=True)
@@ -93,31 +88,10 @@ def allocated(
         if shortcuts:
             setting = replace(setting, space=replace(setting.space, shortcuts=KINDS))
         ranks = (0, ON_OFF * setting.rank) if on_off else None
-        found = _search(setting, proxy, ranks, budget, variant=Variant(**variant))
+        found = searched(setting, proxy, ranks, budget, variant=Variant(**variant))
         return onto(setting, found)
 
     return build
-
-
-def _search(
-    setting: Setting,
-    proxy: str,
-    ranks: Sequence[int] | None,
-    budget: Budget,
-    **options: Any,
-) -> Allocation:
-    space = setting.space if ranks is None else replace(setting.space, ranks=tuple(ranks))
-    device = next(setting.model.parameters()).device.type
-    with torch.autocast(device, torch.bfloat16, enabled=setting.bf16):
-        return allocate(
-            setting.model,
-            setting.batches(),
-            budget=budget,
-            proxy=proxy,
-            space=space,
-            seed=setting.seed,
-            **options,
-        )
 
 
 def _uniform(setting: Setting) -> Adapted:
@@ -158,7 +132,7 @@ def _higher(setting: Setting) -> Adapted:
     more = sum(candidate.unit_cost for candidate in shortcut_candidates(setting.model))
     budget = plain.parameters + setting.rank * more
     low = budget // sum(site.unit_cost for site in plain.sites.values())
-    found = _search(setting, "constant", (low, low + 1), Budget(params=budget))
+    found = searched(setting, "constant", (low, low + 1), Budget(params=budget))
     return onto(setting, found)
 
 
@@ -190,14 +164,21 @@ ARMS: dict[str, Arm] = {
             "all-linear-search",
             "all-linear",
             "the same with the ranks of heterolora search and its defaults",
-            all_linear(allocated("spectral", head_steps=WARM, floor=1)),
+            all_linear(allocated(**_DEFAULTS)),
             encoder=True,
         ),
         Arm(
             "all-linear-shuffled",
             "all-linear",
             "all-linear-search's scores dealt out anew",
-            all_linear(allocated("spectral", head_steps=WARM, floor=1, shuffle=True)),
+            all_linear(allocated(**_DEFAULTS, shuffle=True)),
+            encoder=True,
+        ),
+        Arm(
+            "all-linear-encoder-shuffled",
+            "all-linear",
+            "all-linear-search's ranks, dealt out anew but for the pooler's",
+            all_linear(encoder_shuffled(**_DEFAULTS)),
             encoder=True,
         ),
         Arm(
@@ -206,6 +187,12 @@ ARMS: dict[str, Arm] = {
             "the pooler at four times the rank by hand, the others by equal scores",
             all_linear(pooler_by_hand),
             encoder=True,
+        ),
+        Arm(
+            "all-linear-peft-targets",
+            "all-linear-peft-targets",
+            "PEFT's default modules at the same parameters, and no more trained in full",
+            all_linear(outside.peft_targets),
         ),
         Arm("random", "uniform", "ranks of equal scores", allocated("constant")),
         Arm(

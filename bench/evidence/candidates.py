@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from heterolora.bench.evidence.dynamic import ON_OFF
-from heterolora.bench.evidence.setting import Adapted, Setting, onto
+from heterolora.bench.evidence.setting import Adapted, Setting, onto, searched
 from heterolora.bench.harness import BenchError
-from heterolora.search import Budget, uniform
+from heterolora.search import Allocation, Budget, Variant, uniform
+from heterolora.search.gains import shuffled
 from heterolora.search.pools import choose_ranks, make_pools
+from heterolora.sites import Site
 
-__all__ = ["all_linear", "pooler_by_hand"]
+__all__ = ["all_linear", "encoder_shuffled", "pooler_by_hand"]
 
 
 def all_linear(build: Callable[[Setting], Adapted]) -> Callable[[Setting], Adapted]:
@@ -25,6 +28,27 @@ def all_linear(build: Callable[[Setting], Adapted]) -> Callable[[Setting], Adapt
     return built
 
 
+def encoder_shuffled(proxy: str, **variant: Any) -> Callable[[Setting], Adapted]:
+    """Builds the ranks of a search, dealt out anew among modules of one size, but for the pooler's:
+    what is left of a search is how many modules of a size get which rank, and the pooler.
+
+    Args:
+        proxy: as of `heterolora.allocate`.
+        variant: fields of `heterolora.Variant`.
+    """
+
+    def build(setting: Setting) -> Adapted:
+        budget = Budget(rank=setting.rank)
+        found = searched(setting, proxy, None, budget, variant=Variant(**variant))
+        pooler = _pooler(found)
+        others = [site for site in found.sites.values() if site is not pooler]
+        own = {site.name: float(found.ranks[site.name]) for site in others}
+        dealt = {name: int(rank) for name, rank in shuffled(own, others, setting.seed).items()}
+        return onto(setting, replace(found, ranks={**found.ranks, **dealt}))
+
+    return build
+
+
 def pooler_by_hand(setting: Setting) -> Adapted:
     """`ON_OFF` times the average rank for the pooler; what that leaves of uniform's parameters goes
     to the other modules by equal scores, rank 1 at least.
@@ -33,9 +57,7 @@ def pooler_by_hand(setting: Setting) -> Adapted:
         BenchError: the pooler is no candidate.
     """
     plain = uniform(setting.model, setting.rank, setting.space)
-    pooler = next((site for name, site in plain.sites.items() if "pooler" in name), None)
-    if pooler is None:
-        raise BenchError("the candidates hold no pooler to give its rank by hand")
+    pooler = _pooler(plain)
     others = [site for site in plain.sites.values() if site is not pooler]
     rank = ON_OFF * setting.rank
     left = Budget(params=plain.parameters - rank * pooler.unit_cost)
@@ -44,3 +66,13 @@ def pooler_by_hand(setting: Setting) -> Adapted:
     equal = {site.name: 1.0 for site in others}
     found = choose_ranks(pools, equal, None, offered, seed=setting.seed)
     return onto(setting, replace(plain, ranks={**found, pooler.name: rank}))
+
+
+def _pooler(allocation: Allocation) -> Site:
+    """Raises:
+    BenchError: it is no candidate.
+    """
+    for name, site in allocation.sites.items():
+        if "pooler" in name:
+            return site
+    raise BenchError("the candidates hold no pooler; this arm is for models that have one")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from heterolora.fuse import unfuse
-from heterolora.search import Allocation, SearchSpace, adapt
+from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import TrainerCallback
 
-__all__ = ["SCALING", "Adapted", "Setting", "adapter_parameters", "onto"]
+__all__ = ["SCALING", "Adapted", "Setting", "adapter_parameters", "onto", "searched"]
 
 # alpha / r of every adapter.
 SCALING = 2.0
@@ -93,6 +94,33 @@ def onto(setting: Setting, allocation: Allocation) -> Adapted:
     if allocation.step_time is not None:
         notes["predicted_step"] = allocation.step_time
     return Adapted(model, ranks, search_seconds=allocation.seconds, notes=notes)
+
+
+def searched(
+    setting: Setting,
+    proxy: str,
+    ranks: Sequence[int] | None,
+    budget: Budget,
+    **options: Any,
+) -> Allocation:
+    """What `heterolora.allocate` finds on the setting's batches, under its autocast.
+
+    Args:
+        ranks: to choose from; None for those of the setting's space.
+        options: as of `allocate`.
+    """
+    space = setting.space if ranks is None else replace(setting.space, ranks=tuple(ranks))
+    device = next(setting.model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=setting.bf16):
+        return allocate(
+            setting.model,
+            setting.batches(),
+            budget=budget,
+            proxy=proxy,
+            space=space,
+            seed=setting.seed,
+            **options,
+        )
 
 
 def adapter_parameters(model: nn.Module) -> int:

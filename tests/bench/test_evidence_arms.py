@@ -273,6 +273,25 @@ def test_the_pooler_by_hand_has_four_times_the_rank_at_the_same_parameters(resul
     assert results["all-linear-pooler"]["parameters"]["enabled"] == 2 * (UNIT + 32 + 32)
 
 
+def test_ranks_are_dealt_out_anew_but_for_the_poolers(results):
+    own = results["all-linear-search"]["ranks"]
+    dealt = results["all-linear-encoder-shuffled"]["ranks"]
+    pooler = "bert.pooler.dense"
+    assert dealt != own and dealt[pooler] == own[pooler]
+    for attention in (True, False):
+        ranks = [
+            sorted(r for n, r in found.items() if n != pooler and ("attention" in n) is attention)
+            for found in (dealt, own)
+        ]
+        assert ranks[0] == ranks[1]
+
+
+def test_pefts_default_modules_among_the_command_lines_candidates(results):
+    ranks = results["all-linear-peft-targets"]["ranks"]
+    chosen = {name.split(".")[-1] for name, rank in ranks.items() if rank}
+    assert chosen == {"query", "value"} and "bert.pooler.dense" in ranks
+
+
 def test_without_a_pooler_among_the_candidates_nothing_is_given_by_hand(model):
     with pytest.raises(BenchError, match="no pooler"):
         pooler_by_hand(setting(model))
