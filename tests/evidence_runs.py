@@ -96,7 +96,11 @@ def entry(
         "accuracy": accuracy,
         "diverged": loss is None,
         "parameters": counts,
-        "train_seconds": {"wall": 2 * training, "cpu": training},
+        "ranks": {"bert.encoder.layer.0.attention.self.query": 2},
+        "steps": 10,
+        "seconds_per_step": {"wall": training / 5, "cpu": training / 10},
+        # Around the steps too.
+        "train_seconds": {"wall": 2 * training + 2, "cpu": training + 1},
         "search_seconds": 0.0,
         **more,
     }

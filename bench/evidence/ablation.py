@@ -101,16 +101,32 @@ def gains(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[st
     """{(task, "alone" or "without"): {part: what it is worth in test loss, mean over seeds}}.
 
     With a part alone that is by how much lower the loss is than with the worst part alone; without
-    a part, by how much higher it is than without the part that is missed least.
+    a part, by how much higher it is than without the part that is missed least. Of seeds that not
+    all parts have yet, none counts: seeds differ by more than parts do.
+
+    Raises:
+        BenchError: a task has ablations at two budgets, or no seed that all its parts have.
     """
-    losses: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    losses: dict[tuple[str, str], dict[str, dict[int, float]]]
+    losses = defaultdict(lambda: defaultdict(dict))
+    ranks: dict[str, int] = {}
     for entry in entries:
         run, result = entry["run"], entry["result"]
         if (match := _ARM.fullmatch(run["arm"])) and result["loss"] is not None:
-            losses[run["task"], match[1]][match[2]].append(result["loss"])
+            if ranks.setdefault(run["task"], run["rank"]) != run["rank"]:
+                raise BenchError(
+                    f"ablations of {run['task']} at ranks {ranks[run['task']]} and {run['rank']} "
+                    "do not compare; keep them in two folders"
+                )
+            losses[run["task"], match[1]][match[2]][run["seed"]] = result["loss"]
     found = {}
     for (task, way), of in losses.items():
-        means = {part: fmean(of[part]) for part in PARTS if part in of}
+        common = set.intersection(*(set(by_seed) for by_seed in of.values()))
+        if not common:
+            raise BenchError(f"no seed has all parts of {task} {_WAYS[way]}; let the runs finish")
+        means = {
+            part: fmean(of[part][seed] for seed in sorted(common)) for part in PARTS if part in of
+        }
         worst = max(means.values()) if way == "alone" else min(means.values())
         found[task, way] = {part: abs(loss - worst) for part, loss in means.items()}
     return found

@@ -63,13 +63,21 @@ def work_off(runs: Sequence[Run], data: Path, workers: int) -> Generator[Outcome
                 # Which of them depends on whether it died with the run still unread.
                 except (EOFError, ConnectionError):
                     process.join()
-                    yield Outcome(run, None, f"its process ended with {process.exitcode}")
+                    yield Outcome(run, None, _ended(process))
                     continue
+                # Handed out before the caller gets the outcome, who may take long to save it.
+                lost = None
                 if waiting:
                     following = waiting.pop()
-                    ready.send(following)
-                    busy[ready] = process, following
+                    try:
+                        ready.send(following)
+                        busy[ready] = process, following
+                    except OSError:
+                        process.join()
+                        lost = Outcome(following, None, _ended(process))
                 yield outcome
+                if lost:
+                    yield lost
         for run in reversed(waiting):
             yield Outcome(run, None, "no worker process is left")
     finally:
@@ -77,6 +85,10 @@ def work_off(runs: Sequence[Run], data: Path, workers: int) -> Generator[Outcome
             process.terminate()
         for process in started:
             process.join()
+
+
+def _ended(process: Any) -> str:
+    return f"its process ended with {process.exitcode}"
 
 
 def _work(connection: Connection, data: Path) -> None:

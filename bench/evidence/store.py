@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from heterolora.bench.tuner import write_whole
 __all__ = ["SCHEMA", "Store"]
 
 SCHEMA = 1
+
+_RUN = {field.name for field in fields(Run)}
+# What every table reads.
+_RESULT = {"loss", "diverged", "parameters", "ranks", "steps", "seconds_per_step", "train_seconds"}
 
 
 class Store:
@@ -105,6 +110,9 @@ class Store:
             raise BenchError(f"{path}: not a result of `bench evidence`; delete it")
         if found["schema"] != SCHEMA:
             raise BenchError(f"{path}: schema {found['schema']!r}, and {SCHEMA} is known here")
+        missing = _RUN - found["run"].keys() | _RESULT - found["result"].keys()
+        if missing:
+            raise BenchError(f"{path}: {sorted(missing)[0]!r} is missing in it; delete it")
         return found
 
     def _write(self, path: Path, value: Mapping[str, Any]) -> None:
@@ -116,9 +124,9 @@ class Store:
 
 
 def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    flat = [{**entry, **entry["recipe"]} for entry in (found, wanted)]
+    had, asked = ({**entry, **entry["recipe"]} for entry in (found, wanted))
     return ", ".join(
-        f"{key} {flat[0].get(key)!r}, not {value!r}"
-        for key, value in flat[1].items()
-        if key != "recipe" and flat[0].get(key) != value
+        f"{key} {had.get(key)!r}, not {asked.get(key)!r}"
+        for key in dict.fromkeys([*asked, *had])
+        if key != "recipe" and had.get(key) != asked.get(key)
     )

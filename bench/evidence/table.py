@@ -66,11 +66,12 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
             judged = [d for d in found.values() if d is not None and d.low is not None]
             compared += len(judged)
             beyond += sum(d.beyond_noise for d in judged)
-        lines += ["", *_against(_DEFAULT, "Against PEFT's default modules:", arms, arms)]
+        others = [arm for arm in arms if not arm.startswith(_PLAIN)]
         alike = [arm for arm in arms if arm.startswith(f"{_PLAIN}-")]
+        rivals = [arm for arm in alike if arm != _SEARCHED]
+        lines += ["", *_against(_DEFAULT, "Against PEFT's default modules:", others, arms)]
         lines += _against(_PLAIN, "With the command line's own candidates:", alike, arms)
-        controls = [arm for arm in alike if arm != _SEARCHED]
-        lines += _against(_SEARCHED, "Its controls, against the search:", controls, arms)
+        lines += _against(_SEARCHED, "The same, against the search:", rivals, arms)
     lines += [
         "Mean ± standard deviation over seeds. Differences are paired by seed, from "
         f"{FEWEST} seeds on with the 95 % interval of {RESAMPLES:,} bootstrap resamples of the "
@@ -79,9 +80,10 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
         f"differ, at least 1 of {2 ** (FEWEST - 1)} would have it so with {FEWEST} seeds. "
         "Parameters are those of the adapter in use at the end; where more had been trained, or "
         "other numbers are saved, these follow. Beside it every arm trains the same head in full, "
-        "where the task has one, but the all-linear ones less of it. Training time is "
-        "CPU time without search and evaluation, compared where one command ran both arms. A run "
-        "that diverged has no loss and is left out of the means; the column of seeds says so.",
+        "where the task has one, but the all-linear ones less of it. Training time is the CPU "
+        "time of the steps, compared where one command ran both arms, which may be one run of "
+        "each; adalora's are not fused, and the seconds of a search while training are those "
+        "between steps. A run that diverged is left out of the means; the column of seeds says so.",
         "",
     ]
     return "\n".join(lines)
@@ -124,7 +126,7 @@ def differences(
 
 
 def relative_time(arm: str, arms: Mapping[str, Entries]) -> float | None:
-    """CPU time of the arm's training over the mean of uniform ranks in the same command, of all its
+    """CPU time of the arm's steps over the mean of uniform ranks in the same command, of all its
     runs where there are such. None without one: times of two machines, and of two versions of the
     code, do not compare.
     """
@@ -137,12 +139,25 @@ def relative_time(arm: str, arms: Mapping[str, Entries]) -> float | None:
 
 
 def _training_times(entries: Entries) -> dict[str, list[float]]:
-    """{when a command started: CPU seconds of each of its runs}."""
+    """{when a command started: CPU seconds of the steps of each of its runs}."""
     found: dict[str, list[float]] = defaultdict(list)
     for entry in entries:
-        seconds = entry["result"]["train_seconds"]["cpu"]
-        found[entry["environment"]["date"]].append(seconds)
+        if (seconds := _step_seconds(entry["result"])) is not None:
+            found[entry["environment"]["date"]].append(seconds)
     return found
+
+
+def _step_seconds(result: Mapping[str, Any]) -> float | None:
+    mean = result["seconds_per_step"]["cpu"]
+    return None if mean is None else mean * result["steps"]
+
+
+def _search_seconds(result: Mapping[str, Any]) -> float:
+    """Of a search before training or, where ranks changed on the way, between its steps."""
+    steps = _step_seconds(result)
+    if "rankings" not in result or steps is None:
+        return float(result["search_seconds"])
+    return float(result["train_seconds"]["cpu"] - steps)
 
 
 def _against(
@@ -181,7 +196,7 @@ def _cells(
     rates = sorted({entry["run"]["learning_rate"] for entry in entries})
     head = [arm, _parameters(entries), seeds, ", ".join(f"{rate:g}" for rate in rates)]
     relative = relative_time(arm, arms)
-    searched = fmean(entry["result"]["search_seconds"] for entry in entries)
+    searched = fmean(_search_seconds(entry["result"]) for entry in entries)
     tail = ["" if relative is None else f"{relative:.2f}", f"{searched:.1f}" if searched else ""]
     middle = []
     for key, unit, digits in _measured(metric):
@@ -194,7 +209,7 @@ def _by_seed(entries: Entries, key: str, unit: float) -> dict[int, float]:
     return {
         entry["run"]["seed"]: unit * entry["result"][key]
         for entry in entries
-        if entry["result"][key] is not None
+        if not entry["result"]["diverged"]
     }
 
 

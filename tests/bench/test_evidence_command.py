@@ -225,6 +225,18 @@ def test_store_refuses_what_is_no_result(tmp_path):
         path.write_text(json.dumps(found) if text == "schema" else text)
         with pytest.raises(BenchError, match=message):
             store.result(run)
+    whole = {**entry("uniform", 0, 1.0), "run": run.as_json()}
+    for part, key in (("run", "recipe"), ("result", "diverged")):
+        lacking = {**whole, part: {k: v for k, v in whole[part].items() if k != key}}
+        path.write_text(json.dumps(lacking))
+        with pytest.raises(BenchError, match=f"'{key}' is missing in it; delete it"):
+            store.result(run)
+    newer = {**run.as_json(), "recipe": {**run.as_json()["recipe"], "packing": True}}
+    path.write_text(json.dumps({**whole, "run": newer}))
+    with pytest.raises(BenchError, match=r"other settings \(packing True, not None\)"):
+        store.result(run)
+    path.write_text(json.dumps(whole))
+    assert store.result(run) == whole["result"]
     # What is not finite has no place in JSON, and leaves nothing behind.
     path.unlink()
     with pytest.raises(ValueError, match="JSON"):

@@ -134,12 +134,26 @@ def test_training_time_is_compared_within_one_command_only():
     assert times == {"uniform": "1.00", "random": "0.89", "snip": "0.80", "eva": ""}
 
 
+def test_a_search_while_training_counts_as_search():
+    entries = [
+        entry("uniform", 0, 1.0, training=20.0),
+        entry("dynamic-grad-norm", 0, 1.0, training=10.0, rankings=3,
+              train_seconds={"wall": 99.0, "cpu": 17.5}),
+        entry("spectral", 0, 1.0, training=10.0, search_seconds=4.0),
+    ]  # fmt: skip
+    found = rows(markdown(entries))
+    assert found["dynamic-grad-norm"][7:] == ["0.50", "7.5"]
+    assert found["spectral"][7:] == ["0.50", "4.0"]
+
+
 def test_table_says_which_parameters_and_which_seeds():
     counts = {"enabled": 100, "ever_trained": 1300, "stored": 100}
-    entries = [entry("uniform", 0, 1.0), entry("uniform", 1, None)]
+    # One that diverged predicts something all the same.
+    entries = [entry("uniform", 0, 1.0, 0.8), entry("uniform", 1, None, 0.3)]
     entries += [entry("dynamic-grad-norm", 0, 1.0, parameters=counts)]
     found = rows(markdown(entries))
     assert found["uniform"][1] == "1 of 2"
+    assert found["uniform"][5] == "80.00"
     assert found["dynamic-grad-norm"][0] == "100; ever trained 1,300"
     assert found["dynamic-grad-norm"][4] == "+0.0000"
 
@@ -150,9 +164,11 @@ def test_what_has_enough_seeds_is_compared_with_pefts_default_modules():
     entries += [entry("spectral", seed, 0.5 + seed, 0.9) for seed in range(4)]
     assert "Against" not in markdown(entries)
     entries += [entry("peft-targets", seed, 1.5 + seed, 0.79) for seed in range(5)]
+    entries += [entry("all-linear", seed, 1.1 + seed, 0.8) for seed in range(5)]
     own, _, against = markdown(entries).partition("Against PEFT's default modules:")
     assert rows(own)["peft-targets"][4] == "**+0.5000 [+0.5000, +0.5000]**"
     found = rows(against)
+    # The all-linear arms train less of the head.
     assert [*found] == ["arm", "---", "uniform", "random"]
     assert found["arm"] == ["loss − peft-targets", "accuracy − peft-targets"]
     assert found["random"] == [
@@ -166,10 +182,10 @@ def test_the_command_lines_candidates_are_compared_with_uniform_ranks_over_the_s
     entries += [entry("all-linear", seed, 1.2 + seed, 0.7) for seed in range(5)]
     entries += [entry("all-linear-search", seed, 1.1 + seed, 0.8) for seed in range(5)]
     entries += [entry("all-linear-pooler", seed, 1.1 + seed, 0.8) for seed in range(4)]
-    assert "controls" not in markdown(entries)
+    assert "against the search" not in markdown(entries)
     entries += [entry("all-linear-shuffled", seed, 1.3 + seed, 0.6) for seed in range(5)]
     own, _, against = markdown(entries).partition("With the command line's own candidates:")
-    against, _, controls = against.partition("Its controls, against the search:")
+    against, _, controls = against.partition("The same, against the search:")
     assert rows(own)["all-linear-search"][4] == "**+0.1000 [+0.1000, +0.1000]**"
     found = rows(against)
     assert [*found] == ["arm", "---", "all-linear-search", "all-linear-shuffled"]
@@ -277,6 +293,18 @@ def test_scores_are_compared_with_what_modules_are_worth(tmp_path):
     assert ablation_table(entries[-2:]) == ""
     written = write_predictions(predictions(entries), tmp_path)
     assert [path.name for path in written] == ["sick-scores-alone.png", "sick-scores-without.png"]
+
+
+def test_only_seeds_that_all_parts_have_and_one_budget_say_what_modules_are_worth():
+    whole = [entry(f"alone-{part}", 0, 1.0 - 0.01 * k) for k, part in enumerate(PARTS)]
+    cut_off = entry(f"alone-{PARTS[0]}", 1, 9.0)
+    assert gains([*whole, cut_off]) == gains(whole)
+    with pytest.raises(BenchError, match="no seed has all parts of sick with it alone"):
+        gains([whole[0], entry(f"alone-{PARTS[1]}", 1, 1.0)])
+    other = entry(f"alone-{PARTS[0]}", 1, 1.0)
+    other["run"]["rank"] = 4
+    with pytest.raises(BenchError, match="ablations of sick at ranks 2 and 4"):
+        gains([*whole, other])
 
 
 def test_the_page_is_made_of_the_results_beside_the_code():

@@ -105,6 +105,15 @@ def test_plan_has_every_run_once_at_its_familys_rate(tmp_path):
     assert rates == {("uniform", 0.002), ("grad-norm", 0.002), ("grad-norm-onoff", 0.001)}
 
 
+def test_the_rate_is_chosen_by_the_mean_over_its_seeds(tmp_path):
+    config = read_config(write(tmp_path / "c.json", choice_seeds=[0, 1, 2]))
+    (question, *_) = choices(config, ["uniform"])
+    # The first seed says otherwise, and so does the last.
+    losses = {0.001: (0.5, 0.9, 0.5), 0.002: (0.6, 0.6, 0.6)}
+    rate, record = question.settle(lambda run: {"loss": losses[run.learning_rate][run.seed]})
+    assert rate == 0.002 and record["losses"]["0.001"] == pytest.approx(1.9 / 3)
+
+
 def test_unsettled_choices_are_refused(tmp_path):
     (question, *_) = choices(read_config(write(tmp_path / "c.json")), ["uniform"])
     with pytest.raises(BenchError, match="not settled"):
