@@ -35,11 +35,10 @@ def synflow(
     """sum|A * dL/dA| + sum|B * dL/dB| of the loss with all parameters replaced by their absolutes.
 
     `input_ids` becomes all-ones `inputs_embeds` and a floating-point input (`pixel_values`) becomes
-    all ones, in the shape of the first batch, whose other entries (mask, labels) are kept, those in
-    floating point but for the labels in fp32; later
+    all ones, in the shape of the first batch, whose other entries (mask, labels) are kept; later
     batches and `reduce` are not used. As in HeteroLoRA, and unlike the original SynFlow, the loss
-    is differentiated, not the summed output. In fp32, on copies: the model's tensors are not
-    touched.
+    is differentiated, not the summed output. In fp32, other inputs too, on copies: the model's
+    tensors are not touched.
 
     Raises:
         DegenerateScoreError: every B is zero, where both terms vanish for every module.
