@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -63,21 +64,15 @@ def work_off(runs: Sequence[Run], data: Path, workers: int) -> Generator[Outcome
                 # Which of them depends on whether it died with the run still unread.
                 except (EOFError, ConnectionError):
                     process.join()
-                    yield Outcome(run, None, _ended(process))
+                    yield Outcome(run, None, f"its process ended with {process.exitcode}")
                     continue
-                # Handed out before the caller gets the outcome, who may take long to save it.
-                lost = None
-                if waiting:
-                    following = waiting.pop()
-                    try:
-                        ready.send(following)
-                        busy[ready] = process, following
-                    except OSError:
-                        process.join()
-                        lost = Outcome(following, None, _ended(process))
+                # Before the caller gets the outcome, who may take long to save it. A worker that
+                # died in between leaves the next run to the others.
+                with contextlib.suppress(OSError):
+                    if waiting:
+                        ready.send(waiting[-1])
+                        busy[ready] = process, waiting.pop()
                 yield outcome
-                if lost:
-                    yield lost
         for run in reversed(waiting):
             yield Outcome(run, None, "no worker process is left")
     finally:
@@ -85,10 +80,6 @@ def work_off(runs: Sequence[Run], data: Path, workers: int) -> Generator[Outcome
             process.terminate()
         for process in started:
             process.join()
-
-
-def _ended(process: Any) -> str:
-    return f"its process ended with {process.exitcode}"
 
 
 def _work(connection: Connection, data: Path) -> None:

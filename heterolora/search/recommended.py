@@ -41,7 +41,7 @@ def recommended(
     at rank 2; the second was measured at a quarter of the parameters of rank 2, where it was level
     with ranks of equal scores, and at rank 1, where uniform ranks were ahead of it. With shortcuts
     the first was level with uniform ranks and the second was not measured. A budget of time gets
-    neither, and lost 4.7 points at 0.6 of the step's time.
+    neither, and lost 4.7 to 6.7 points at 0.6 of the step's time.
 
     Args:
         model, budget, space, shortcut_budget: as of `heterolora.allocate`.

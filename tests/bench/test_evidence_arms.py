@@ -27,7 +27,7 @@ from heterolora.bench.evidence.store import Store
 from heterolora.bench.evidence.tasks import TASKS
 from heterolora.bench.evidence.trial import Trials
 from heterolora.bench.harness import BenchError
-from heterolora.search import SearchSpace
+from heterolora.search import Budget, SearchSpace, recommended, uniform
 
 # Two layers of four 32 x 32 and two 32 x 64 linears; 64 and 96 parameters per unit of rank.
 UNIT = 2 * (4 * 64 + 2 * 96)
@@ -251,9 +251,9 @@ def test_pefts_default_modules_get_the_whole_budget(model):
         outside.peft_targets(given)
 
 
-def test_the_command_lines_own_candidates_take_the_pooler_in_and_leave_only_the_head(trials, model):
-    plain = trials.run(a_run(model, arm="uniform"))
-    found = {arm: trials.run(a_run(model, arm=arm)) for arm in ("all-linear", "all-linear-search")}
+def test_the_command_lines_own_candidates_take_the_pooler_in_and_leave_only_the_head(results):
+    plain = results["uniform"]
+    found = {arm: results[arm] for arm in ("all-linear", "all-linear-search")}
     pooler = "bert.pooler.dense"
     for arm, result in found.items():
         assert set(result["ranks"]) == {*plain["ranks"], pooler}, arm
@@ -262,6 +262,20 @@ def test_the_command_lines_own_candidates_take_the_pooler_in_and_leave_only_the_
         assert result["parameters"]["enabled"] == 2 * (UNIT + 32 + 32)
     assert set(found["all-linear"]["ranks"].values()) == {2}
     assert min(found["all-linear-search"]["ranks"].values()) >= 1
+
+
+def test_the_search_over_them_is_by_the_defaults(monkeypatch, model):
+    given = setting(model)
+    asked = {}
+
+    def searched(setting, proxy, ranks, budget, **options):
+        asked.update(proxy=proxy, **options)
+        return uniform(setting.model, setting.rank, setting.space)
+
+    monkeypatch.setattr(arms, "searched", searched)
+    expected = recommended(given.model, Budget(rank=given.rank), SearchSpace())
+    ARMS["all-linear-search"].build(given)
+    assert asked == expected
 
 
 def test_the_pooler_by_hand_has_four_times_the_rank_at_the_same_parameters(results):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -294,10 +295,28 @@ def test_a_worker_that_dies_is_reported_with_its_run(given, monkeypatch):
     outcomes = pool.work_off(runs, data, workers=2)
     first = next(outcomes)
     assert (first.run.seed, first.error) == (1, "") and first.result["steps"] == 12
-    import multiprocessing
-
     for process in multiprocessing.active_children():
         process.kill()
     (last,) = outcomes
     assert last.run.seed == 0 and last.result is None
     assert last.error == "its process ended with -9"
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_between_two_runs_loses_neither(given, monkeypatch):
+    data, path, _ = given
+    model = json.loads(path.read_text())["model"]
+    really = pool.wait
+
+    def wait(connections):
+        ready = really(connections)
+        # After it has sent its result, before it is sent another run.
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        return ready
+
+    monkeypatch.setattr(pool, "wait", wait)
+    first, second = pool.work_off([a_run(model), a_run(model, seed=1)], data, workers=1)
+    assert (first.run.seed, first.error, first.result["steps"]) == (0, "", 12)
+    assert (second.run.seed, second.result, second.error) == (1, None, "no worker process is left")

@@ -16,10 +16,10 @@ from heterolora.search.budget import Budget, Priced
 from heterolora.search.dynamic.masks_file import SavedSearch, read_search, write_search
 from heterolora.search.dynamic.rankings import ParameterCounts, Ranking
 from heterolora.search.dynamic.samples import Samples, agreed_scores, derived_seed
-from heterolora.search.dynamic.surroundings import dynamic_reason, length, unwrapped
+from heterolora.search.dynamic.surroundings import dynamic_reason, unwrapped
 from heterolora.search.pools import Pool, choose_ranks, make_pools
 from heterolora.search.preserve import buffers_kept, seeded
-from heterolora.search.scores.probe import nonzero_b
+from heterolora.search.scores.probe import length, nonzero_b
 from heterolora.search.scores.proxies import PROXIES, Batch
 from heterolora.search.space import SearchSpace
 from heterolora.shortcut_checkpoints import ShortcutCallback, resumed_folder, saved_folder

@@ -1,4 +1,4 @@
-"""What a dynamic search finds around it: the trainer's settings, wrappers, the data's length."""
+"""What a dynamic search finds around it: the trainer's settings and wrappers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-__all__ = ["dynamic_reason", "length", "unwrapped"]
+__all__ = ["dynamic_reason", "unwrapped"]
 
 _SHARDED = {"DTensor", "FlatParameter", "FullyShardedDataParallel"}
 
@@ -48,11 +48,3 @@ def dynamic_reason(args: TrainingArguments, model: Any) -> str | None:
 def unwrapped(model: Any) -> Any:
     """The model inside DistributedDataParallel; one that torch.compile made stays as it is."""
     return extract_model_from_parallel(model, keep_torch_compile=True)
-
-
-def length(dataloader: Any) -> int | None:
-    """Batches an epoch, or None for a stream."""
-    try:
-        return len(dataloader)
-    except TypeError:
-        return None

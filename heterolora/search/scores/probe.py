@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ __all__ = [
     "Feed",
     "attach",
     "draw_b",
+    "length",
     "nonzero_b",
     "progress",
     "rank_to_probe",
@@ -107,10 +108,11 @@ def nonzero_b(model: nn.Module, proxy: str, seed: int) -> Iterator[None]:
                 b.zero_()
 
 
-def _length(batches: Iterable[Batch]) -> int | None:
+def length(batches: Any) -> int | None:
+    """How many batches there are, or None for a stream."""
     try:
-        # A DataLoader has a length whatever it reads, and says so of a stream only when asked.
-        return len(batches) if isinstance(batches, Sized) else None
+        return len(batches)
+    # A DataLoader is Sized whatever it reads, and says only here that it reads a stream.
     except TypeError:
         return None
 
@@ -123,7 +125,7 @@ class Feed:
     def __init__(self, batches: Iterable[Batch]) -> None:
         if not isinstance(batches, Iterable):
             raise DataError(f"batches must be an iterable of dicts, not {type(batches).__name__}")
-        self._total = _length(batches)
+        self._total = length(batches)
         self._rest = iter(batches)
         self._first: Batch | None = None
         self._kept: list[Batch] | None = None
