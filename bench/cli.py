@@ -10,8 +10,8 @@ from heterolora.bench.evidence import command as evidence
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from heterolora.bench.cases import Case
-    from heterolora.bench.record import BenchRun, CaseResult
+    from heterolora.bench.cases.registry import Case
+    from heterolora.bench.harness.record import BenchRun, CaseResult
 
 __all__ = ["EPILOG", "RESULTS", "add_arguments", "run"]
 
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
         BenchError: the request itself makes no sense (unknown case, no rounds, no such device,
             ...).
     """
-    from heterolora.bench.harness import BenchError
+    from heterolora.bench.harness.timing import BenchError
 
     if args.action == "evidence":
         return evidence.run(args, None if args.folder == RESULTS else args.folder)
@@ -145,7 +145,8 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
         raise BenchError("--minutes and --tune belong to `bench gpu`")
     from rich.console import Console
 
-    from heterolora.bench import cases, report
+    from heterolora.bench.cases import registry as cases
+    from heterolora.bench.report import tables as report
 
     out = Console()
     wanted = args.html or args.png or args.readme or args.dispatch
@@ -164,7 +165,9 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
 
     import torch
 
-    from heterolora.bench import explain, harness, record
+    from heterolora.bench.gpu import explain
+    from heterolora.bench.harness import record
+    from heterolora.bench.harness import timing as harness
 
     rounds = args.rounds if args.rounds is not None else _QUICK_ROUNDS if args.quick else _ROUNDS
     if rounds < 1:
@@ -195,7 +198,8 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
 
 
 def _gpu(args: argparse.Namespace, argv: list[str] | None) -> int:
-    from heterolora.bench import harness, suite
+    from heterolora.bench.gpu import suite
+    from heterolora.bench.harness import timing as harness
 
     if args.out is None:
         raise harness.BenchError("`bench gpu` keeps what it measures in a folder: --out DIR")
@@ -211,9 +215,11 @@ def _gpu(args: argparse.Namespace, argv: list[str] | None) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from heterolora.bench import calibrate, page, plots, readme, report, targets
-    from heterolora.bench.harness import BenchError
-    from heterolora.kernels import measured
+    from heterolora.bench.gpu import calibrate, targets
+    from heterolora.bench.harness.timing import BenchError
+    from heterolora.bench.report import page, plots, readme
+    from heterolora.bench.report import tables as report
+    from heterolora.kernels.dispatch import measured
 
     runs = report.read_folder(args.folder)
     if args.html is not None:
@@ -243,8 +249,10 @@ def _explain(args: argparse.Namespace, out: "Console") -> int:
     import torch
     from rich.text import Text
 
-    from heterolora import options
-    from heterolora.bench import cases, explain, harness
+    from heterolora.bench.cases import registry as cases
+    from heterolora.bench.gpu import explain
+    from heterolora.bench.harness import timing as harness
+    from heterolora.cli import options
 
     chosen = cases.select(args.case, quick=args.quick)
     if not args.case:
@@ -318,7 +326,7 @@ def _print_result(out: "Console", result: "CaseResult") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from heterolora.bench import report
+    from heterolora.bench.report import tables as report
 
     if result.timing is None:
         out.print(Text(f"{result.case}: RED, not timed. {result.parity.reason}", style="red"))
@@ -341,7 +349,7 @@ def _print_result(out: "Console", result: "CaseResult") -> None:
 def _device(name: str) -> Any:
     import torch
 
-    from heterolora.bench.harness import BenchError
+    from heterolora.bench.harness.timing import BenchError
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -357,7 +365,7 @@ def _device(name: str) -> Any:
 
 
 def _check_writable(target: Path) -> None:
-    from heterolora.bench.harness import BenchError
+    from heterolora.bench.harness.timing import BenchError
 
     folder = target if target.suffix == "" else target.parent
     try:

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from heterolora.bench.record import BenchRun
-from heterolora.bench.report import Table, markdown_of
-from heterolora.bench.shapes import GROUPS
-from heterolora.bench.targets import DEVICE, TARGETS, targets_table
+from heterolora.bench.cases.shapes import GROUPS
+from heterolora.bench.gpu.targets import DEVICE, TARGETS, targets_table
+from heterolora.bench.harness.record import BenchRun
+from heterolora.bench.report.tables import Table, markdown_of
 from heterolora.kernels.buckets import bucket
 from heterolora.kernels.chips import chip_for
 from heterolora.kernels.cost import Estimate, LowRank, Problem, estimate, load_of

@@ -10,12 +10,12 @@ the two, since the host runs ahead across layers. What torch.compile makes of PE
 
 from collections.abc import Mapping
 
-from heterolora.bench.cases import Case
-from heterolora.bench.shapes import GROUPS
+from heterolora.bench.cases.registry import Case
+from heterolora.bench.cases.shapes import GROUPS
 from heterolora.kernels.cost import Load, LowRank, Problem, Step, estimate, load_of, step_seconds
 from heterolora.kernels.cost_steps import base_steps
 from heterolora.kernels.devices import Device
-from heterolora.kernels.dispatch import decide
+from heterolora.kernels.dispatch.paths import decide
 
 __all__ = [
     "PATHS",

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from heterolora.bench import follow, harness, memory, peers, training
-from heterolora.bench.cases import Case
-from heterolora.bench.launches import launches
-from heterolora.bench.parity import Parity, ran
-from heterolora.bench.record import CaseResult
-from heterolora.bench.reviews import TrainingLoad
-from heterolora.bench.steps import Step, Workload, twin
-from heterolora.bench.work import minimum
+from heterolora.bench.cases import follow, peers, training
+from heterolora.bench.cases.registry import Case
+from heterolora.bench.cases.reviews import TrainingLoad
+from heterolora.bench.harness import memory
+from heterolora.bench.harness import timing as harness
+from heterolora.bench.harness.launches import launches
+from heterolora.bench.harness.parity import Parity, ran
+from heterolora.bench.harness.record import CaseResult
+from heterolora.bench.harness.steps import Step, Workload, twin
+from heterolora.bench.harness.work import minimum
 
 __all__ = ["build", "gate", "run_case", "variants"]
 

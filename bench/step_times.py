@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterolora.bench.harness import BenchError, cpu_threads, paired, stopwatch_for
-from heterolora.bench.parity import check_parity
-from heterolora.bench.peers import build_step
-from heterolora.bench.reviews import TrainingLoad, minilm
-from heterolora.bench.steps import Inputs, twin
+from heterolora.bench.cases.peers import build_step
+from heterolora.bench.cases.reviews import TrainingLoad, minilm
+from heterolora.bench.harness.parity import check_parity
+from heterolora.bench.harness.steps import Inputs, twin
+from heterolora.bench.harness.timing import BenchError, cpu_threads, paired, stopwatch_for
 from heterolora.errors import HeteroLoraError
 from heterolora.search import Budget, SearchSpace, allocate, uniform
+from heterolora.search.sites import find_sites
 from heterolora.search.step_time.fit import calibrated, samples
 from heterolora.search.step_time.model import StepTime
 from heterolora.search.step_time.spend import TimeBudget
-from heterolora.sites import find_sites
 
 __all__ = ["Row", "allocations", "main", "table"]
 

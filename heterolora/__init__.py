@@ -7,19 +7,17 @@ the first name that needs them.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Not lazy: a submodule and a function share the name, and a later `import heterolora.fuse` must not
-# hide the function.
-from heterolora.fuse import FuseReport, fuse, unfuse
+from heterolora.fusion.fuse import FuseReport, fuse, unfuse
 
 if TYPE_CHECKING:
     from heterolora import errors, kernels
-    from heterolora.io import load_adapter, save_adapter
+    from heterolora.files.adapters import load_adapter, save_adapter
     from heterolora.search import Allocation, Budget, SearchSpace, Variant, adapt, allocate
     from heterolora.search.dynamic.callback import DynamicSearchCallback
-    from heterolora.shortcut_checkpoints import ShortcutCallback
-    from heterolora.shortcuts import add_shortcuts, remove_shortcuts
-    from heterolora.trainers import GraphedTrainer
-    from heterolora.training import FuseCallback
+    from heterolora.shortcuts.checkpoints import ShortcutCallback
+    from heterolora.shortcuts.model import add_shortcuts, remove_shortcuts
+    from heterolora.train.run import FuseCallback
+    from heterolora.train.trainers import GraphedTrainer
 
 __version__ = "0.1.0"
 
@@ -49,17 +47,17 @@ _HOME = {
     "Allocation": "search",
     "Budget": "search",
     "DynamicSearchCallback": "search",
-    "FuseCallback": "training",
-    "GraphedTrainer": "trainers",
+    "FuseCallback": "train.run",
+    "GraphedTrainer": "train.trainers",
     "SearchSpace": "search",
-    "ShortcutCallback": "shortcut_checkpoints",
+    "ShortcutCallback": "shortcuts.checkpoints",
     "Variant": "search",
     "adapt": "search",
-    "add_shortcuts": "shortcuts",
+    "add_shortcuts": "shortcuts.model",
     "allocate": "search",
-    "load_adapter": "io",
-    "remove_shortcuts": "shortcuts",
-    "save_adapter": "io",
+    "load_adapter": "files.adapters",
+    "remove_shortcuts": "shortcuts.model",
+    "save_adapter": "files.adapters",
 }
 
 

@@ -69,8 +69,8 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
     """
     from heterolora.bench.evidence.config import read_config
     from heterolora.bench.evidence.store import Store
-    from heterolora.bench.harness import BenchError
-    from heterolora.bench.interrupt import terminable
+    from heterolora.bench.harness.interrupt import terminable
+    from heterolora.bench.harness.timing import BenchError
 
     if args.report is not None:
         return _report(args)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
 
 
 def _selected(config: Config, only: Sequence[str] | None) -> tuple[str, ...]:
-    from heterolora.bench.harness import BenchError
+    from heterolora.bench.harness.timing import BenchError
 
     unknown = [arm for arm in only or () if arm not in config.arms]
     if unknown:
@@ -110,7 +110,7 @@ def _selected(config: Config, only: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _list(config: Config, arms: Sequence[str]) -> int:
-    from heterolora.bench.evidence.arms import ARMS
+    from heterolora.bench.evidence.arms.registry import ARMS
     from heterolora.bench.evidence.plan import choices
 
     width = max(map(len, arms))
@@ -125,9 +125,9 @@ def _list(config: Config, arms: Sequence[str]) -> int:
 
 def _check(config: Config, arms: Sequence[str], data: Path) -> None:
     """Before a worker is started, and all of it: a task may come hours later."""
-    from heterolora.bench.evidence.arms import ARMS
-    from heterolora.bench.evidence.tasks import TASKS
-    from heterolora.bench.harness import BenchError
+    from heterolora.bench.evidence.arms.registry import ARMS
+    from heterolora.bench.evidence.tasks.registry import TASKS
+    from heterolora.bench.harness.timing import BenchError
 
     for task in config.epochs:
         unfit = [arm for arm in arms if ARMS[arm].encoder and not TASKS[task].encoder]
@@ -164,9 +164,9 @@ def _work(
     """Learning rates first, then the runs. Returns the names of what failed."""
     import torch
 
-    from heterolora.bench import record
     from heterolora.bench.evidence.plan import choices, final_runs
-    from heterolora.bench.harness import BenchError
+    from heterolora.bench.harness import record
+    from heterolora.bench.harness.timing import BenchError
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     environment = {**record.environment(device, [command]), "workers": workers, "threads": 1}
@@ -259,9 +259,9 @@ def _progress(what: str, total: int, done: int) -> Iterator[Any]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from heterolora.bench.evidence.ablation import is_ablation, predictions
+    from heterolora.bench.evidence.arms.ablation import is_ablation, predictions
     from heterolora.bench.evidence.store import Store
-    from heterolora.bench.harness import BenchError
+    from heterolora.bench.harness.timing import BenchError
 
     if find_spec("scipy") is None:
         raise BenchError(
@@ -270,7 +270,7 @@ def _report(args: argparse.Namespace) -> int:
     folders = [list(Store(folder).tests()) for folder in args.report]
     text = tables(folders)
     if args.png is not None:
-        from heterolora.bench.evidence.pictures import write_pngs, write_predictions
+        from heterolora.bench.evidence.report.pictures import write_pngs, write_predictions
 
         for entries in folders:
             if any(map(is_ablation, entries)):
@@ -299,7 +299,8 @@ def tables(folders: Sequence[Sequence[dict[str, Any]]]) -> str:
     Raises:
         BenchError: there is nothing to report, or an arm has two results for one seed.
     """
-    from heterolora.bench.evidence import ablation, table
+    from heterolora.bench.evidence.arms import ablation
+    from heterolora.bench.evidence.report import table
 
     return "\n".join(
         (ablation if any(map(ablation.is_ablation, entries)) else table).markdown(entries)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from heterolora.bench.harness import BenchError
+from heterolora.bench.harness.timing import BenchError
 
 __all__ = ["SHIPPED", "Config", "Recipe", "Run", "read_config"]
 
@@ -47,7 +47,7 @@ class Config:
     Attributes:
         epochs: {task: epochs}; its keys are the tasks.
         ranks: budgets, as the parameters of uniform LoRA of that rank.
-        arms: names of `heterolora.bench.evidence.arms.ARMS`; in a file also patterns ("alone-*").
+        arms: names of `ARMS`; in a file also patterns ("alone-*").
         seeds: each arm is trained once for each.
         learning_rates: the grid that each family of arms chooses from.
         choice_seeds: the seeds it is chosen with.
@@ -133,8 +133,8 @@ _OPTIONAL = ("choice_seeds", *_DEFAULTS)
 
 
 def _config(given: Mapping[str, Any]) -> Config:
-    from heterolora.bench.evidence.arms import ARMS
-    from heterolora.bench.evidence.tasks import TASKS
+    from heterolora.bench.evidence.arms.registry import ARMS
+    from heterolora.bench.evidence.tasks.registry import TASKS
 
     missing = [key for key in _REQUIRED if key not in given]
     unknown = [key for key in given if key not in (*_REQUIRED, *_OPTIONAL)]

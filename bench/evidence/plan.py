@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from heterolora.bench.evidence.arms import ARMS, families
+from heterolora.bench.evidence.arms.registry import ARMS, families
 from heterolora.bench.evidence.config import Config, Run
-from heterolora.bench.harness import BenchError
+from heterolora.bench.harness.timing import BenchError
 
 __all__ = ["Choice", "choices", "final_runs"]
 

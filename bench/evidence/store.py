@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from heterolora.bench.evidence.config import Run
-from heterolora.bench.harness import BenchError
-from heterolora.bench.tuner import write_whole
+from heterolora.bench.gpu.tuner import write_whole
+from heterolora.bench.harness.timing import BenchError
 
 __all__ = ["SCHEMA", "Store"]
 

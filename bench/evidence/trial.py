@@ -20,14 +20,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from heterolora.bench.evidence.arms import ARMS
+from heterolora.bench.evidence.arms.registry import ARMS
+from heterolora.bench.evidence.arms.setting import Setting, adapter_parameters
 from heterolora.bench.evidence.config import Run
-from heterolora.bench.evidence.setting import Setting, adapter_parameters
-from heterolora.bench.evidence.task import Task, Tokenised
-from heterolora.bench.evidence.tasks import TASKS
-from heterolora.fuse import fuse
+from heterolora.bench.evidence.tasks.registry import TASKS
+from heterolora.bench.evidence.tasks.task import Task, Tokenised
+from heterolora.fusion.fuse import fuse
 from heterolora.search import SearchSpace
-from heterolora.training import FuseCallback
+from heterolora.train.run import FuseCallback
 
 __all__ = ["Trials"]
 

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from heterolora.bench import cases, harness, peers, record, runner
-from heterolora.bench.harness import BenchError
-from heterolora.bench.parity import Parity
-from heterolora.bench.steps import Workload
+from heterolora.bench import runner
+from heterolora.bench.cases import peers
+from heterolora.bench.cases import registry as cases
+from heterolora.bench.harness import record
+from heterolora.bench.harness import timing as harness
+from heterolora.bench.harness.parity import Parity
+from heterolora.bench.harness.steps import Workload
+from heterolora.bench.harness.timing import BenchError
 
 pytest.importorskip("pytest_benchmark")
 

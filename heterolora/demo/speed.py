@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterolora.bench.harness import cpu_threads, paired, stopwatch_for
-from heterolora.bench.memory import peak_bytes
-from heterolora.fuse import fuse, unfuse
+from heterolora.bench.harness.memory import peak_bytes
+from heterolora.bench.harness.timing import cpu_threads, paired, stopwatch_for
+from heterolora.fusion.fuse import fuse, unfuse
 
 __all__ = ["measure"]
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from heterolora.errors import ModelError
-from heterolora.fuse import fuse
+from heterolora.fusion.fuse import fuse
 from heterolora.search.allocation import Allocation
-from heterolora.shortcuts import KINDS, add_shortcuts, shortcut_candidates
-from heterolora.sites import Site, find_sites, linear_sites
+from heterolora.search.sites import Site, find_sites, linear_sites
+from heterolora.shortcuts.model import KINDS, add_shortcuts, shortcut_candidates
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from heterolora.attachments import Candidate
 from heterolora.search.dynamic.rankings import ParameterCounts
+from heterolora.search.sites import Site
 from heterolora.search.variant import Variant
-from heterolora.sites import Site
+from heterolora.shortcuts.attachments import Candidate
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -34,7 +34,7 @@ _MAX_CELLS = 2 * 2**30
 
 
 class Priced(Protocol):
-    """What may get a rank: a `heterolora.sites.Site`, or a shortcut that a model could have.
+    """What may get a rank: a `heterolora.search.sites.Site`, or a shortcut that a model could have.
 
     Attributes:
         name: unique among the candidates.

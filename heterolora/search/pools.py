@@ -7,13 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from heterolora.errors import BudgetError
-from heterolora.search.budget import (
-    Budget,
-    Priced,
-    check_affordable,
-    check_budget,
-    solve,
-)
+from heterolora.search.budget import Budget, Priced, check_affordable, check_budget, solve
 from heterolora.search.gains import Gains, by_layer, divided, rank_gains
 
 __all__ = ["Pool", "choose_ranks", "gains_of", "make_pools"]

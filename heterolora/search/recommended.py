@@ -8,10 +8,10 @@ from typing import TypedDict
 from torch import nn
 
 from heterolora.search.budget import Budget, Priced, check_budget
+from heterolora.search.sites import find_sites, head_modules
 from heterolora.search.space import SearchSpace
 from heterolora.search.variant import Variant
-from heterolora.shortcuts import shortcut_candidates
-from heterolora.sites import find_sites, head_modules
+from heterolora.shortcuts.model import shortcut_candidates
 
 __all__ = ["Recommended", "recommended"]
 

@@ -10,14 +10,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from heterolora.attachments import Candidate
 from heterolora.errors import AllocationFileError, SearchSpaceError
 from heterolora.search.allocation import Allocation
+from heterolora.search.sites import Site
 from heterolora.search.space import MAX_RANK
 from heterolora.search.variant import Variant
-from heterolora.shortcuts import KINDS
-from heterolora.sites import Site
-from heterolora.structure import LayerParts
+from heterolora.shortcuts.attachments import Candidate
+from heterolora.shortcuts.model import KINDS
+from heterolora.shortcuts.structure import LayerParts
 
 __all__ = ["SCHEMA_VERSION", "read", "write"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from heterolora.errors import SearchSpaceError
-from heterolora.shortcuts import KINDS, MAX_RANK
+from heterolora.shortcuts.model import KINDS, MAX_RANK
 
 __all__ = ["MAX_RANK", "SearchSpace"]
 
@@ -20,7 +20,7 @@ class SearchSpace:
             suffixes, or a regular expression for full names.
         ranks: ranks to choose from, in increasing order; 0 means "no adapter on this module".
         shortcuts: kinds of LoRA-adapted shortcuts that are candidates in every layer, some of
-            `heterolora.shortcuts.KINDS`; none by default.
+            `heterolora.shortcuts.model.KINDS`; none by default.
         mapping: as of `heterolora.add_shortcuts`, for models whose layers it cannot read.
 
     Raises:

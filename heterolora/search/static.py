@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from heterolora.attachments import Candidate
 from heterolora.errors import SearchSpaceError
-from heterolora.fuse import fuse, unfuse
+from heterolora.fusion.fuse import fuse, unfuse
 from heterolora.search.allocation import Allocation
 from heterolora.search.budget import Budget, Priced
 from heterolora.search.gains import shuffled
@@ -22,13 +21,14 @@ from heterolora.search.pools import choose_ranks, make_pools
 from heterolora.search.preserve import preserved, seeded
 from heterolora.search.scores.probe import Feed, attach, draw_b, rank_to_probe, timed_step
 from heterolora.search.scores.proxies import NEEDS_NONZERO_B, PROXIES, UNFUSED, Batch
+from heterolora.search.sites import Site, find_sites, heads_to_save, task_type
 from heterolora.search.space import SearchSpace
 from heterolora.search.step_time.fit import calibrated
 from heterolora.search.step_time.model import StepTime
 from heterolora.search.step_time.spend import TimeBudget
 from heterolora.search.variant import Variant, scored, warmed_heads
-from heterolora.shortcuts import add_shortcuts, shortcut_candidates
-from heterolora.sites import Site, find_sites, heads_to_save, task_type
+from heterolora.shortcuts.attachments import Candidate
+from heterolora.shortcuts.model import add_shortcuts, shortcut_candidates
 
 __all__ = ["allocate", "uniform"]
 

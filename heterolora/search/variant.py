@@ -14,7 +14,7 @@ from heterolora.search.gains import averaged
 from heterolora.search.scores.gradients import Batch, batch_loss, branch_factors, training_mode
 from heterolora.search.scores.probe import Feed, tracked
 from heterolora.search.scores.proxies import PROXIES
-from heterolora.sites import head_modules
+from heterolora.search.sites import head_modules
 
 __all__ = ["SCORINGS", "Training", "Variant", "own_heads", "scored", "warmed_heads"]
 

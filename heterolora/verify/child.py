@@ -64,7 +64,7 @@ def _interpreted(quick: bool) -> Iterator[Case]:
 
 
 def _compiled(args: argparse.Namespace) -> Iterator[Case]:
-    from heterolora.kernels import aot
+    from heterolora.kernels.aot import compile as aot
 
     for name, problem in aot.check(args.archs or None, quick=args.quick):
         yield Case(name, problem)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from heterolora.cli.options import add_json, write_json
 from heterolora.errors import HeteroLoraError
-from heterolora.options import add_json, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,9 +6,9 @@ adds the branches to the outputs of base layers that run by themselves.
 """
 
 from . import spec
-from .add_ops import low_rank_add
-from .layout import Branch, Site
-from .ops import group_linear
-from .score_ops import group_linear_scored
+from .group import Branch, Site
+from .ops.add import low_rank_add
+from .ops.linear import group_linear
+from .ops.scored import group_linear_scored
 
 __all__ = ["Branch", "Site", "group_linear", "group_linear_scored", "low_rank_add", "spec"]

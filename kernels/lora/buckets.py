@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from .layout import Columns
+from .group import Columns
 
 __all__ = ["BUCKETS", "BucketLayout", "Segment", "bucket", "bucket_layout", "ceil_div"]
 

@@ -26,15 +26,7 @@ Within a step memory and arithmetic overlap, between steps nothing does. An accu
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .cost_steps import (
-    LowRank,
-    Problem,
-    Step,
-    aten_steps,
-    base_steps,
-    peft_steps,
-    triton_steps,
-)
+from .cost_steps import LowRank, Problem, Step, aten_steps, base_steps, peft_steps, triton_steps
 from .devices import Device
 from .schedule import efficiency
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .tile_tables import Tile
+from .gpu.tiles import Tile
 
 __all__ = ["FILE", "KERNELS", "Loop", "Mix", "mix_name", "read", "shipped_mixes", "write"]
 

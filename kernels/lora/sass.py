@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .aot_read import tool
+from .aot.read import tool
+from .gpu.tiles import Tile
 from .mixes import Loop, Mix
-from .tile_tables import Tile
 
 __all__ = ["digest", "matmul_loops", "mix", "tensor_flops"]
 

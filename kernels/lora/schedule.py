@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .chips import Chip
+from .gpu.tiles import Tile, alternatives, shipped
 from .mixes import Mix, mix_name, shipped_mixes
-from .tile_tables import Tile, alternatives, shipped
 
 __all__ = [
     "REFERENCE",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import Branch, Site
+from .group import Branch, Site
 
 __all__ = [
     "PHILOX_ROUNDS",

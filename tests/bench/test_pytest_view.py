@@ -10,7 +10,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from heterolora.bench import cases, peers
+from heterolora.bench.cases import peers
+from heterolora.bench.cases import registry as cases
 
 pytest.importorskip("pytest_benchmark")
 

@@ -1,4 +1,4 @@
-"""Real CUDA graphs: what tests/test_graphs.py and tests/test_trainers.py simulate on a CPU.
+"""Real CUDA graphs: what tests/train simulates on a CPU.
 
 Everything is compared bit for bit. Attention is the eager one, because the backward pass of a fused
 one may add in any order.
@@ -14,8 +14,8 @@ import torch
 import transformers
 
 import heterolora
-from heterolora.capture import WARM_UP, CudaRecorder
-from heterolora.graphs import StepGraphs
+from heterolora.train.capture import WARM_UP, CudaRecorder
+from heterolora.train.graphs import StepGraphs
 
 DEVICE = torch.device("cuda", 0)
 
@@ -168,9 +168,9 @@ def files(tmp_path: Any) -> dict[str, Any]:
 
 
 def _ready(files: dict[str, Any]) -> tuple[Any, Any]:
-    from heterolora.data import load_text_data, tokenize
-    from heterolora.models import load_model
+    from heterolora.data.text import load_text_data, tokenize
     from heterolora.search import adapt, uniform
+    from heterolora.train.models import load_model
 
     data = load_text_data(files["data"], task="classification", text="text")
     model, tokenizer = load_model(files["bert"], task="classification", num_labels=2)
@@ -183,8 +183,8 @@ def _ready(files: dict[str, Any]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_graphed_trainer_is_a_trainer(files: dict[str, Any], accumulation: int) -> None:
-    from heterolora.trainers import GraphedTrainer, constant_length
-    from heterolora.training import FuseCallback
+    from heterolora.train.run import FuseCallback
+    from heterolora.train.trainers import GraphedTrainer, constant_length
 
     logs, weights, trainers = [], [], []
     for kind in (transformers.Trainer, GraphedTrainer):
@@ -221,8 +221,8 @@ def test_a_graphed_trainer_is_a_trainer(files: dict[str, Any], accumulation: int
 
 
 def test_train_with_graphs_follows_the_run_without(files: dict[str, Any]) -> None:
-    from heterolora.trainers import constant_length
-    from heterolora.training import train
+    from heterolora.train.run import train
+    from heterolora.train.trainers import constant_length
 
     losses = []
     for asked in (False, True):
@@ -249,7 +249,8 @@ def test_train_with_graphs_follows_the_run_without(files: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("variant", ["graph-peft", "graph-fused", "graph-base-only"])
 def test_the_variants_of_the_bench_are_their_eager_steps(variant: str) -> None:
-    from heterolora.bench import groups, peers, steps
+    from heterolora.bench.cases import groups, peers
+    from heterolora.bench.harness import steps
 
     sites = {"q_proj": 256, "k_proj": 128, "v_proj": 128}
     load = groups.group(m=128, k=256, sites=sites, repeats=3, dtype=torch.bfloat16, device=DEVICE)

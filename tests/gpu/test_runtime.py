@@ -182,8 +182,8 @@ def test_a_fused_model_compiles_without_a_graph_break():
 def test_int64_addresses_change_nothing(monkeypatch):
     import dataclasses
 
-    from heterolora.kernels import fused
-    from heterolora.kernels.configs import launch_for
+    from heterolora.kernels.gpu import passes as fused
+    from heterolora.kernels.gpu.launch import launch_for
 
     group = _triton_group("shortcuts")
     narrow, grads = outputs_and_gradients(group, "triton")

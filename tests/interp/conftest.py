@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heterolora.kernels.dispatch import triton_reason
+from heterolora.kernels.dispatch.paths import triton_reason
 
 REASON = triton_reason(torch.empty(0))
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 def repaired(request):
     """bfloat16 rounds as on a GPU, and what was never written is NaN."""
     if REASON is None:
-        from interp.repair import install
+        from repair import install
 
         install()
     request.getfixturevalue("poisoned")

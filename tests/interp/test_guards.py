@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interp.guards import Guarded, check_guarded
+from guards import Guarded, check_guarded
 
 from heterolora.verify.groups import GROUPS, SEEDED
 from heterolora.verify.shapes import LARGE

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from heterolora.capture import NoHostReads
-from heterolora.kernels import fused
 from heterolora.kernels.buckets import bucket_layout
+from heterolora.kernels.gpu import passes as fused
+from heterolora.train.capture import NoHostReads
 
 RANKS = (3, 0, 33)
 NS = (64, 40, 16)

@@ -7,8 +7,8 @@ the repaired interpreter, and what needs more than one group of each kind.
 import pytest
 import torch
 
-from heterolora.kernels import fused
-from heterolora.kernels.configs import KERNELS, Launch, Tile
+from heterolora.kernels.gpu import passes as fused
+from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile
 from heterolora.verify.checks import check_parity, compare
 from heterolora.verify.groups import GROUPS, SEEDED, Draw
 from heterolora.verify.operations import outputs_and_gradients

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from guards import check_guarded
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from interp.guards import check_guarded
 
 from heterolora.verify.shapes import RANKS, Shape, build
 

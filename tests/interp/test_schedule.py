@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
+from heterolora.kernels.gpu.device import find, swizzle
+from heterolora.kernels.gpu.tiles import Tile
 from heterolora.kernels.schedule import Problem, owners
-from heterolora.kernels.tile_tables import Tile
-from heterolora.kernels.tiles import find, swizzle
 
 
 @triton.jit

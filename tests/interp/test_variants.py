@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers import error
 
-from heterolora.kernels import Branch, Site, fused, group_linear, spec
+from heterolora.kernels import Branch, Site, group_linear, spec
 from heterolora.kernels.buckets import bucket_layout
-from heterolora.kernels.configs import KERNELS, Launch, Tile
+from heterolora.kernels.gpu import passes as fused
+from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile
 
 RANKS = (3, 0, 33)
 NS = (64, 40, 16)

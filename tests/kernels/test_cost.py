@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heterolora.kernels import aten, cost, spec
+from heterolora.kernels import cost, spec
+from heterolora.kernels.aten import linear as aten
 from heterolora.kernels.cost import CALL, STEPS, LowRank, Problem, estimate
 from heterolora.kernels.cost_steps import MASK_BYTES, MASK_LAUNCHES
 from heterolora.kernels.devices import PEAKS, Device, device_for
-from heterolora.kernels.dispatch import decide
-from heterolora.kernels.layout import group_layout
+from heterolora.kernels.dispatch.paths import decide
+from heterolora.kernels.group import group_layout
 
 H100 = device_for("NVIDIA H100 80GB HBM3")
 HUGE = 2**20

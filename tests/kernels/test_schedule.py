@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterolora.bench.shapes import GROUPS
+from heterolora.bench.cases.shapes import GROUPS
 from heterolora.kernels import mixes, schedule
 from heterolora.kernels.buckets import bucket
 from heterolora.kernels.chips import CHIPS, chip_for
 from heterolora.kernels.devices import PEAKS
+from heterolora.kernels.gpu.tiles import Tile, alternatives
 from heterolora.kernels.mixes import Loop, Mix
 from heterolora.kernels.schedule import (
     Costs,
@@ -23,7 +24,6 @@ from heterolora.kernels.schedule import (
     owners,
     simulate,
 )
-from heterolora.kernels.tile_tables import Tile, alternatives
 
 H100 = CHIPS["H100"]
 WHOLE = Costs(step=100.0, low=10.0, loop=3.0, rest=7.0, bound="")

@@ -23,7 +23,7 @@ THREADS = ["env", "OMP_NUM_THREADS=1", "OPENBLAS_NUM_THREADS=1"]
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
 INTERPRETED = [*THREADS, "TRITON_INTERPRET=1", *PYTEST, "tests/interp"]
 RUNGS = {
-    1: [[*THREADS, *PYTEST, "tests/kernels/test_spec.py", "tests/kernels/test_score.py"]],
+    1: [[*THREADS, *PYTEST, "tests/kernels/test_spec.py", "tests/kernels/ops/test_score.py"]],
     2: [[*THREADS, *PYTEST, "tests/kernels", "--deselect", "tests/kernels/test_spec.py"]],
     3: [[*INTERPRETED, "-m", "quick"], [*INTERPRETED, "-m", "not quick"]],
     4: [

@@ -6,16 +6,10 @@ from model_state import fingerprint, lived_in, random_states, tensor_bytes
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from heterolora.errors import (
-    BudgetError,
-    DataError,
-    ModelError,
-    ScoreError,
-    SearchSpaceError,
-)
+from heterolora.errors import BudgetError, DataError, ModelError, ScoreError, SearchSpaceError
 from heterolora.search import PROXIES, Budget, SearchSpace, allocate, uniform
 from heterolora.search.preserve import preserved
-from heterolora.shortcuts import KINDS
+from heterolora.shortcuts.model import KINDS
 
 MODELS = ["bert", "opt", "gpt2", "mobilevit"]
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from heterolora.errors import AllocationFileError, ModelError
 from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate, uniform
-from heterolora.sites import Site
+from heterolora.search.sites import Site
 
 MODELS = ["bert", "opt", "gpt2", "t5", "mobilevit"]
 

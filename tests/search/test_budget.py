@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from heterolora.errors import BudgetError, DegenerateScoreError, ScoreError, SearchSpaceError
 from heterolora.search.budget import Budget, log_gains, normalise, rank_options, solve
-from heterolora.sites import Site
+from heterolora.search.sites import Site
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("fixed")

@@ -17,7 +17,7 @@ from heterolora.search.gains import (
     shuffled,
 )
 from heterolora.search.pools import Pool, choose_ranks
-from heterolora.sites import Site
+from heterolora.search.sites import Site
 
 RANKS = (0, 1, 2, 4)
 spectra = st.lists(st.floats(0.0, 1.0), min_size=0, max_size=6).map(

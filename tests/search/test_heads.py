@@ -10,8 +10,8 @@ from peft import PeftModel
 from heterolora import Budget, Variant
 from heterolora.errors import ModelError
 from heterolora.search import adapt, allocate, recommended, uniform
+from heterolora.search.sites import find_sites, head_modules, head_names, heads_to_save, task_type
 from heterolora.search.step_time.trace import trace
-from heterolora.sites import find_sites, head_modules, head_names, heads_to_save, task_type
 
 SMALL = {"vocab_size": 97, "num_labels": 3}
 SEQ2SEQ = {

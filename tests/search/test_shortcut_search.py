@@ -10,14 +10,9 @@ import transformers
 from shortcut_models import plain
 
 import heterolora
-from heterolora.errors import (
-    AllocationFileError,
-    BudgetError,
-    ModelError,
-    ShortcutError,
-)
+from heterolora.errors import AllocationFileError, BudgetError, ModelError, ShortcutError
 from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate, uniform
-from heterolora.shortcuts import KINDS, Shortcuts, shortcut_candidates
+from heterolora.shortcuts.model import KINDS, Shortcuts, shortcut_candidates
 
 ON_OFF = SearchSpace(target_modules=["q_proj", "v_proj"], ranks=(0, 4), shortcuts=KINDS)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from heterolora.errors import ModelError, SearchSpaceError
 from heterolora.search import SearchSpace, adapt, uniform
-from heterolora.sites import find_sites, head_modules, head_names, task_type
+from heterolora.search.sites import find_sites, head_modules, head_names, task_type
 
 
 def adapted_by_peft(model, **arguments):

@@ -10,10 +10,10 @@ from helpers import batch_for, build
 from heterolora.errors import BudgetError
 from heterolora.kernels.devices import CPU, device_for
 from heterolora.search import SearchSpace, uniform
+from heterolora.search.sites import find_sites
 from heterolora.search.step_time import fit as step_fit
 from heterolora.search.step_time.fit import calibrated, fit, samples
 from heterolora.search.step_time.model import StepTime
-from heterolora.sites import find_sites
 
 H100 = device_for("NVIDIA H100 80GB HBM3")
 

@@ -10,10 +10,10 @@ from heterolora.errors import BudgetError, DegenerateScoreError
 from heterolora.kernels.devices import CPU, device_for
 from heterolora.search import Budget, DynamicSearchCallback, SearchSpace, allocate
 from heterolora.search.budget import log_gains, normalise
+from heterolora.search.sites import find_sites
 from heterolora.search.step_time import spend
 from heterolora.search.step_time.model import StepTime
 from heterolora.search.step_time.spend import TimeBudget
-from heterolora.sites import find_sites
 
 TARGETS = ["query", "key", "value"]
 RANKS = (0, 2, 8)

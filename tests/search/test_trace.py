@@ -10,8 +10,8 @@ from helpers import batch_for, build, with_lora
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heterolora.errors import ModelError
+from heterolora.search.sites import find_sites
 from heterolora.search.step_time.trace import trace
-from heterolora.sites import find_sites
 
 CHAINS = ("bert", "roberta", "distilbert", "opt", "gpt2", "llama", "qwen3", "gemma", "vit")
 # Backward operations that no adapter makes.

@@ -15,7 +15,7 @@ from heterolora.search import PROXIES
 from heterolora.search.preserve import preserved
 from heterolora.search.scores.gradients import batch_loss
 from heterolora.search.variant import Training, own_heads
-from heterolora.shortcuts import KINDS
+from heterolora.shortcuts.model import KINDS
 
 WARM = [
     Variant(head_steps=2),

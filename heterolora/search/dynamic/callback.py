@@ -11,8 +11,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from heterolora.errors import BudgetError, ModelError, SearchSpaceError, TrainingError
-from heterolora.masks import RankMasks, parked_count
 from heterolora.search.budget import Budget, Priced
+from heterolora.search.dynamic.masks import RankMasks, parked_count
 from heterolora.search.dynamic.masks_file import SavedSearch, read_search, write_search
 from heterolora.search.dynamic.rankings import ParameterCounts, Ranking
 from heterolora.search.dynamic.samples import Samples, agreed_scores, derived_seed
@@ -21,9 +21,9 @@ from heterolora.search.pools import Pool, choose_ranks, make_pools
 from heterolora.search.preserve import buffers_kept, seeded
 from heterolora.search.scores.probe import length, nonzero_b
 from heterolora.search.scores.proxies import PROXIES, Batch
+from heterolora.search.sites import Site
 from heterolora.search.space import SearchSpace
-from heterolora.shortcut_checkpoints import ShortcutCallback, resumed_folder, saved_folder
-from heterolora.sites import Site
+from heterolora.shortcuts.checkpoints import ShortcutCallback, resumed_folder, saved_folder
 
 __all__ = ["DynamicSearchCallback"]
 
@@ -44,7 +44,7 @@ class DynamicSearchCallback(TrainerCallback):
     as in the paper, so ``Budget(rank=r)`` keeps about r/R of them on. With `ranks` a module may
     have a rank between too, and then uses the first rows of A and columns of B. Every module keeps
     the scale alpha/R. What is not in use keeps its weights and its optimizer state, does not move,
-    and goes on from there when its turn comes; `heterolora.masks.RankMasks` says precisely how.
+    and goes on from there when its turn comes; `RankMasks` says precisely how.
 
     Every ranking puts all modules to use, sums gradients over the batches by the model's own loss
     (not by a `compute_loss` of the Trainer), and leaves weights, gradients, buffers, modes, random
@@ -81,7 +81,7 @@ class DynamicSearchCallback(TrainerCallback):
     Attributes:
         ranks: {name of a module or shortcut: rank in use now}; empty before training.
         rankings: the decisions of this run, in order (those before a resume are not among them).
-        masks: the `heterolora.masks.RankMasks` of the model; its `lift` puts everything to use.
+        masks: the `RankMasks` of the model; its `lift` puts everything to use.
         counts: `ParameterCounts` as of now.
 
     Raises:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from heterolora.errors import AdapterFileError, ModelError
-from heterolora.masks import rank_in_use
-from heterolora.shortcut_files import check_shortcuts, write_shortcuts
-from heterolora.shortcuts import Shortcuts
+from heterolora.search.dynamic.masks import rank_in_use
+from heterolora.shortcuts.files import check_shortcuts, write_shortcuts
+from heterolora.shortcuts.model import Shortcuts
 
 __all__ = ["save_enabled"]
 

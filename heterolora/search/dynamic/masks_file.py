@@ -29,7 +29,7 @@ class SavedSearch:
         ranks: {module name: rank in use}.
         ever: {module name: largest rank that was in use during a step}.
         settings: of the search, to tell another one by.
-        tensors: as `heterolora.masks.RankMasks.tensors`.
+        tensors: as `heterolora.search.dynamic.masks.RankMasks.tensors`.
     """
 
     step: int

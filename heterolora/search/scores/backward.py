@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from heterolora.fuse import fuse, unfuse
+from heterolora.fusion.fuse import fuse, unfuse
 from heterolora.kernels import Branch, Site, group_linear_scored
-from heterolora.kernels.aten_score import branch_score, statistics_dtype
+from heterolora.kernels.aten.score import branch_score, statistics_dtype
 from heterolora.kernels.spec import BranchScore
 
 if TYPE_CHECKING:
-    from heterolora.binding import Fusion
+    from heterolora.fusion.binding import Fusion
 
 __all__ = ["Factors", "Scorer", "fused", "measured", "with_last"]
 

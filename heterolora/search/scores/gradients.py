@@ -14,7 +14,7 @@ from torch import nn
 from heterolora.errors import DataError, DegenerateScoreError, ModelError, ScoreError
 from heterolora.kernels.spec import BranchScore
 from heterolora.search.scores.backward import Scorer, fused, with_last
-from heterolora.shortcuts import Shortcuts
+from heterolora.shortcuts.model import Shortcuts
 
 __all__ = [
     "Batch",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from heterolora.fuse import fuse
+from heterolora.fusion.fuse import fuse
 from heterolora.search.preserve import preserved, seeded
 from heterolora.search.scores.probe import attach, progress, timed_step
 from heterolora.search.scores.proxies import Batch, model_device

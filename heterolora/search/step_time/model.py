@@ -31,11 +31,11 @@ from torch import nn
 from heterolora.errors import BudgetError
 from heterolora.kernels.cost import LowRank, Problem, Step, estimate, load_of
 from heterolora.kernels.devices import Device
-from heterolora.kernels.dispatch import decide, known, triton_reason
-from heterolora.kernels.measured import Tuned
+from heterolora.kernels.dispatch.measured import Tuned
+from heterolora.kernels.dispatch.paths import decide, known, triton_reason
 from heterolora.search.scores.proxies import Batch, model_device
+from heterolora.search.sites import Site, find_sites
 from heterolora.search.step_time.trace import Group, Trace, trace
-from heterolora.sites import Site, find_sites
 
 __all__ = ["Calibration", "StepTime"]
 
@@ -93,7 +93,7 @@ class StepTime:
 
         Args:
             batch: as in training: its size is what the times are for.
-            sites: the candidates; as `heterolora.sites.find_sites` if None.
+            sites: the candidates; as `heterolora.search.sites.find_sites` if None.
             device: ceilings; those of the model's device if None.
             captured: whether steps will be captured in CUDA graphs.
 

@@ -14,9 +14,9 @@ from heterolora.errors import BudgetError
 from heterolora.kernels.cost import Problem
 from heterolora.search.budget import Budget, jittered, rank_options
 from heterolora.search.pools import gains_of
+from heterolora.search.sites import Site
 from heterolora.search.step_time.model import StepTime
 from heterolora.search.step_time.solver import Item, solve_with_cut
-from heterolora.sites import Site
 
 __all__ = ["TimeBudget"]
 

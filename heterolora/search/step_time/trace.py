@@ -24,7 +24,7 @@ from heterolora.kernels.cost import Step
 from heterolora.kernels.cost_steps import Matmul, Problem
 from heterolora.search.preserve import preserved, seeded
 from heterolora.search.scores.proxies import Batch, batch_loss
-from heterolora.sites import Site, head_modules
+from heterolora.search.sites import Site, head_modules
 
 __all__ = ["Group", "Trace", "trace"]
 

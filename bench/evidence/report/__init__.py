@@ -1,0 +1,4 @@
+"""Statistics, tables and pictures of evidence results; only reads.
+
+Import from its modules.
+"""

@@ -1,0 +1,4 @@
+"""Pictures and the HTML page of what a search found.
+
+Import from `page` and `figures`.
+"""

@@ -1,0 +1,4 @@
+"""LoRA-adapted shortcuts: earlier activations added at a projection, as branches of its operation.
+
+`model` adds and removes them, `files` and `checkpoints` save them; import from these three.
+"""

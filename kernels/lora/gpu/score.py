@@ -1,0 +1,176 @@
+"""score: statistics of the gradients of A and B, taken where their sums end, so that no gradient
+is ever written.
+
+A program sums some columns of one branch's gradient over all rows, and writes what these columns
+add to the branch's Gram matrix and to the sum of |factor * gradient|; `reduce` adds that up.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.target_info import is_hip
+
+from ..buckets import BUCKETS, BucketLayout, ceil_div
+from .device import find, keep_tile, offsets, pick
+from .launch import Launch, odd
+from .reduce import Sum, reduce_splits
+from .tables import alike, thresholds
+
+__all__ = ["LARGEST_RANK", "score", "score_kernel"]
+
+LARGEST_RANK = BUCKETS[-1]
+
+
+@triton.jit(do_not_specialize=["m"])
+def score_kernel(
+    lefts,  # per problem (a branch): the wide matrix, [m, size]: dY for dB, the source for dA
+    left_strides,
+    sizes,
+    low,  # the narrow matrix, [m, columns]: S for dB, dS for dA
+    starts,  # the branch's columns of it
+    widths,  # the rank, padded; the columns beyond the rank are zero
+    ranks,  # times 16, see `tables.alike`
+    factors,  # B [size, rank], or A [rank, size]
+    previous,  # sums of earlier gradients, like the factors; unused without PREVIOUS
+    scales,
+    branches,  # times 16
+    thresholds,  # drop probability in units of 2^-16, for dA
+    seed,
+    parts,  # per block of columns: the Gram matrix [BLOCK_R, BLOCK_R], the sum, 15 unused
+    m,
+    columns,
+    BY_RANK: tl.constexpr,  # factors are [rank, size]
+    PREVIOUS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    WIDE: tl.constexpr = low.dtype.element_ty == tl.float64
+    ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
+    problem, block = find(sizes, tl.program_id(0), BLOCK_N)
+    rank, size = pick(ranks, problem) // 16, pick(sizes, problem)
+    width = pick(widths, problem)
+    left, stride = pick(lefts, problem), pick(left_strides, problem)
+    column = offsets(block * BLOCK_N, BLOCK_N, INDEX64)
+    lane = tl.arange(0, BLOCK_R)
+    inside = (lane[:, None] < rank) & (column[None, :] < size)
+    if DROPOUT:
+        key, branch, threshold = (
+            tl.load(seed),
+            pick(branches, problem) // 16,
+            pick(thresholds, problem),
+        )
+    acc = tl.zeros((BLOCK_R, BLOCK_N), ACC)
+    for top in range(0, m, BLOCK_M):
+        row = offsets(top, BLOCK_M, INDEX64)
+        in_rows = row[:, None] < m
+        wide = left + row[:, None] * stride + column[None, :]
+        wide_tile = tl.load(wide, mask=in_rows & (column[None, :] < size), other=0.0)
+        narrow = low + row[:, None] * columns + pick(starts, problem) + lane[None, :]
+        narrow_tile = tl.load(narrow, mask=in_rows & (lane[None, :] < width), other=0.0)
+        if DROPOUT:
+            keep = keep_tile(key, branch, threshold, row, block * BLOCK_N, BLOCK_M, BLOCK_N)
+            wide_tile = tl.where(keep, wide_tile, 0.0)
+        acc = tl.dot(
+            tl.trans(narrow_tile), wide_tile, acc, input_precision=PRECISION, out_dtype=ACC
+        )
+    acc *= pick(scales, problem)
+    if DROPOUT:
+        acc *= 65536.0 / (65536.0 - threshold.to(ACC))
+    if BY_RANK:
+        at = lane[:, None].to(tl.int64) * size + column[None, :]
+    else:
+        at = column[None, :].to(tl.int64) * rank + lane[:, None]
+    if PREVIOUS:
+        acc += tl.load(pick(previous, problem) + at, mask=inside, other=0.0)
+    acc = tl.where(inside, acc, 0.0)
+    factor = tl.load(pick(factors, problem) + at, mask=inside, other=0.0).to(ACC)
+    part = parts + tl.program_id(0).to(tl.int64) * (BLOCK_R * BLOCK_R + 16)
+    # Three products of TF32 are as exact as one of float32, which NVIDIA's tensor cores lack.
+    EXACT: tl.constexpr = "ieee" if WIDE or is_hip() else "tf32x3"
+    gram = tl.dot(acc, tl.trans(acc), input_precision=EXACT, out_dtype=ACC)
+    tl.store(part + lane[:, None] * BLOCK_R + lane[None, :], gram)
+    tl.store(part + BLOCK_R * BLOCK_R, tl.sum(tl.abs(factor * acc)))
+
+
+def score(
+    lefts: Sequence[Tensor],
+    low: Tensor,
+    factors: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    scales: Sequence[float],
+    branches: Sequence[int],
+    dropout: Sequence[float],
+    seed: Tensor | None,
+    layout: BucketLayout,
+    launch: Launch,
+    *,
+    by_rank: bool,
+    index64: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gram matrix [r, r] and sum of |factor * gradient| [] of some branches, fp32 (fp64 for fp64).
+
+    Args:
+        lefts: for each branch dY [m, n], for dB, or its source [m, k], for dA; last stride 1.
+        low: S for dB, dS for dA, [m, layout.columns].
+        factors: B [n, r] or A [r, k] of each, contiguous, of one dtype; 0 < r <= LARGEST_RANK.
+        previous: earlier gradients to add, in the dtype of the result; or empty.
+        scales: multiplied into the gradients.
+        branches: the index of each in the layout.
+        dropout: probability for each; above 0 for dA only.
+        by_rank: whether the factors are A.
+    """
+    m = low.shape[0]
+    ranks = [factor.shape[0 if by_rank else 1] for factor in factors]
+    block_r = next(size for size in BUCKETS if size >= max(ranks))
+    tile = launch.tile("score", block_r, odd=odd(*lefts), dropout=any(dropout))
+    sizes = [left.shape[1] for left in lefts]
+    blocks = [ceil_div(size, tile.n) for size in sizes]
+    wide = torch.float64 if low.dtype == torch.float64 else torch.float32
+    part_size = block_r * block_r + 16
+    parts = low.new_empty(sum(blocks) * part_size, dtype=wide)
+    launch.start(
+        score_kernel,
+        (sum(blocks),),
+        tuple(lefts),
+        tuple(left.stride(0) for left in lefts),
+        tuple(sizes),
+        low,
+        tuple(layout.branch[j].start for j in branches),
+        tuple(layout.branch[j].width for j in branches),
+        alike(ranks),
+        tuple(factors),
+        tuple(previous) or tuple(factors),
+        tuple(float(scale) for scale in scales),
+        alike(branches),
+        thresholds(dropout),
+        seed,
+        parts,
+        m,
+        layout.columns,
+        BY_RANK=by_rank,
+        PREVIOUS=bool(previous),
+        DROPOUT=any(dropout),
+        PRECISION=launch.precision,
+        INDEX64=index64,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_R=block_r,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    found = [low.new_empty(rank, rank, dtype=wide) for rank in ranks]
+    totals = [low.new_empty((), dtype=wide) for _ in ranks]
+    todo = []
+    for p, count in enumerate(blocks):
+        gram = parts[sum(blocks[:p]) * part_size :]
+        todo.append(Sum(found[p], gram, block_r, part_size, count))
+        todo.append(Sum(totals[p].view(1, 1), gram[block_r * block_r :], 1, part_size, count))
+    reduce_splits(todo, launch)
+    return found, totals
