@@ -27,7 +27,7 @@ RUNGS = {
     2: [[*THREADS, *PYTEST, "tests/kernels", "--deselect", "tests/kernels/test_spec.py"]],
     3: [[*INTERPRETED, "-m", "quick"], [*INTERPRETED, "-m", "not quick"]],
     4: [
-        [*THREADS, *PYTEST, "tests/codegen"],
+        [*THREADS, *PYTEST, "tests/kernels/aot"],
         [*THREADS, sys.executable, "-m", "heterolora.kernels.aot", "--arch", "sm_80"],
     ],
 }
