@@ -50,7 +50,11 @@ def test_values_that_fit_come_through(tmp_path):
         ({"s": []}, lambda f: f.choice("s", ("a",)), "f.json: s is a list, none of a"),
         ({"f": 1}, lambda f: f.flag("f"), "f.json: f must be true or false, not 1"),
         ({"d": [1]}, lambda f: f.fields("d"), "f.json: d must be a JSON object, not a list"),
-        ({"l": {}}, lambda f: f.entries("l", Fields.text), "f.json: l must be a list, not an object"),
+        (
+            {"l": {}},
+            lambda f: f.entries("l", Fields.text),
+            "f.json: l must be a list, not an object",
+        ),
         (
             {"l": [{"n": 1}, {}]},
             lambda f: [g.integer("n") for g in f.entries("l", Fields.fields)],
