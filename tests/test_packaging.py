@@ -142,11 +142,16 @@ def test_root_on_the_path_imports() -> None:
 
 
 def test_every_sub_package_is_listed() -> None:
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "heterolora").rglob("__init__.py")}
-    # A link is not followed.
-    inner = {path.parent.relative_to(ROOT) for path in (ROOT / "bench").rglob("__init__.py")}
-    folders |= {Path("heterolora") / folder for folder in inner}
-    packages = {".".join(folder.parts) for folder in folders} | {"heterolora.kernels"}
+    packages = {
+        ".".join((place / path.parent.relative_to(ROOT / folder)).parts)
+        # Links are not followed.
+        for folder, place in (
+            ("heterolora", Path("heterolora")),
+            ("kernels/lora", Path("heterolora/kernels")),
+            ("bench", Path("heterolora/bench")),
+        )
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
     assert sorted(packages) == PROJECT["tool"]["setuptools"]["packages"]
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from heterolora.errors import ScoreError
-from heterolora.fusion import fuse
+from heterolora.fusion.fuse import fuse
 from heterolora.search.scores.backward import with_last
 from heterolora.search.scores.probe import draw_b
 from heterolora.search.scores.proxies import PROXIES, branch_factors

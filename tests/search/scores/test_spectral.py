@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from heterolora import Budget, allocate
 from heterolora.errors import DataError, DegenerateScoreError, ScoreError
-from heterolora.fusion import fuse
+from heterolora.fusion.fuse import fuse
 from heterolora.search import SearchSpace
 from heterolora.search.scores.probe import SKETCH_RANK, draw_b
 from heterolora.search.scores.proxies import PROXIES
