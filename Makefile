@@ -10,7 +10,7 @@ PIP_FLAGS := --quiet --no-compile --disable-pip-version-check
 help:
 	@echo "make demo       search, train and report on real text (writes demo/report.html)"
 	@echo "make test       run the tests"
-	@echo "make lint       ruff check and format check"
+	@echo "make lint       ruff check, format check, and the contracts of imports"
 	@echo "make typecheck  mypy"
 	@echo "make clean      remove .venv and caches"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter (3.10 or newer) for .venv"
@@ -24,6 +24,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 typecheck: $(STAMP)
 	$(BIN)/mypy
@@ -46,4 +47,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "$(CURDIR)" > $@
 
 clean:
-	rm -rf $(VENV) build heterolora.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build heterolora.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis .benchmarks
