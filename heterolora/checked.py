@@ -72,9 +72,8 @@ class Fields:
 
     def path(self, key: str) -> str:
         """Where a key lies in the file: `sites['q.proj'].in_features`."""
-        if not key.isidentifier():
-            return f"{self.at}[{key!r:.80}]"
-        return f"{self.at}.{key}" if self.at else key
+        name = key if key.isidentifier() else f"{key!r:.80}"
+        return f"{self.at}.{name}" if self.at else name
 
     def keys(self, *required: str, optional: Sequence[str] = ()) -> None:
         """Refuse the object if a required key is missing, or one is there that is not named."""
@@ -149,7 +148,7 @@ class Fields:
             self.fail(key, f"is {_shown(value)}, none of {', '.join(known)}")
         return str(value)
 
-    def optional(self, key: str, take: Callable[..., T], **limits: Any) -> T | None:
+    def optional(self, key: str, take: Callable[..., T], /, **limits: Any) -> T | None:
         """None where the key is null or missing, else what `take` (`Fields.number`, ...) gives."""
         return None if self.value(key, None) is None else take(self, key, **limits)
 
@@ -157,12 +156,12 @@ class Fields:
         """The object under a key."""
         return Fields(self.value(key), self.file, self.error, self.path(key))
 
-    def each(self, key: str, take: Callable[..., T], **limits: Any) -> dict[str, T]:
+    def each(self, key: str, take: Callable[..., T], /, **limits: Any) -> dict[str, T]:
         """{name: what `take` gives} of an object whose keys are names."""
-        inner = self.fields(key)
+        inner = _Named(self.value(key), self.file, self.error, self.path(key))
         return {name: take(inner, name, **limits) for name in inner.values}
 
-    def entries(self, key: str, take: Callable[..., T], **limits: Any) -> list[T]:
+    def entries(self, key: str, take: Callable[..., T], /, **limits: Any) -> list[T]:
         """What `take` gives for every entry of a list; `Fields.fields` for a list of objects."""
         value = self.value(key)
         if not isinstance(value, list | tuple):
@@ -172,6 +171,13 @@ class Fields:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values)
+
+
+class _Named(Fields):
+    """An object whose keys are names of things, which messages quote."""
+
+    def path(self, key: str) -> str:
+        return f"{self.at}[{key!r:.80}]"
 
 
 class _Entries(Fields):

@@ -23,8 +23,9 @@ from heterolora.bench.harness.parity import (
 )
 from heterolora.bench.harness.steps import SEED, Step, Workload, with_adapters
 from heterolora.search.scores.backward import Scorer
+from heterolora.search.scores.gradients import branch_factors
 from heterolora.search.scores.probe import draw_b
-from heterolora.search.scores.proxies import NEEDS_NONZERO_B, PROXIES, branch_factors
+from heterolora.search.scores.proxies import PROXIES
 
 __all__ = ["PlainStep", "ScoringStep", "build_step", "check_parity"]
 
@@ -104,7 +105,7 @@ def build_step(
     if variant == peers.FLOOR:
         return peers.build_step(variant, workload, ranks)
     model = with_adapters(workload, ranks, dropout=dropout)
-    if proxy in NEEDS_NONZERO_B:
+    if PROXIES[proxy].nonzero_b:
         draw_b(model, SEED)
     else:
         draw_b(model, SEED, std=0.0)

@@ -1,4 +1,4 @@
-"""Search: which module deserves which LoRA rank under a budget of parameters and time."""
+"""Search: which module deserves which LoRA rank under a budget of parameters."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ from heterolora.search.recommended import recommended
 from heterolora.search.scores.proxies import PROXIES
 from heterolora.search.space import SearchSpace
 from heterolora.search.static import allocate, uniform
-from heterolora.search.step_time.model import StepTime
 from heterolora.search.variant import Variant
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ __all__ = [
     "DynamicSearchCallback",
     "ParameterCounts",
     "SearchSpace",
-    "StepTime",
     "Variant",
     "adapt",
     "allocate",

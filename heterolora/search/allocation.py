@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from heterolora.errors import AllocationFileError
+from heterolora.search import schema
 from heterolora.search.dynamic.rankings import ParameterCounts
+from heterolora.search.lora_config import lora_config
 from heterolora.search.sites import Site
 from heterolora.search.variant import Variant
 from heterolora.shortcuts.attachments import Candidate
@@ -43,10 +45,6 @@ class Allocation:
         seconds: wall time of the search: warm-up, probe adapter, scoring and solving.
         step_seconds: wall time of one warm training step (forward, backward, AdamW) of the probe
             adapter on the first batch; None if nothing was scored.
-        step_time: training step relative to uniform LoRA of the budget's rank, as predicted; None
-            without a budget of time.
-        step_time_error: largest relative error of the measured steps that the prediction was fitted
-            to, each predicted from the others; None by the cost model alone.
     """
 
     scores: dict[str, float]
@@ -67,8 +65,6 @@ class Allocation:
     variant: Variant = Variant()
     seconds: float = 0.0
     step_seconds: float | None = None
-    step_time: float | None = None
-    step_time_error: float | None = None
 
     @property
     def parameters(self) -> int:
@@ -92,32 +88,15 @@ class Allocation:
     def lora_config(self) -> LoraConfig:
         """A plain `peft.LoraConfig` that gives every module its rank; a new object on each access.
         Of shortcuts PEFT knows nothing: `heterolora.adapt` adds them.
-
-        `r` is the largest rank and alpha_i/r_i = alpha/r for every module, because vLLM and SGLang
-        ignore `alpha_pattern` and take the global scale. Pattern keys are anchored full names.
-        `target_modules` lists full names; if one of them is the ending of another module's name,
-        which PEFT would then adapt too, it is a regular expression of exactly these names instead.
         """
-        from peft import LoraConfig
-
-        chosen = {name: rank for name, rank in self.ranks.items() if rank > 0}
-        top = max(chosen.values())
-        others = {f"^{re.escape(name)}": rank for name, rank in chosen.items() if rank != top}
-        return LoraConfig(
-            r=top,
-            lora_alpha=_alpha(self.scaling, top),
-            target_modules=self._targets(chosen),
-            rank_pattern=others,
-            alpha_pattern={key: _alpha(self.scaling, rank) for key, rank in others.items()},
-            modules_to_save=list(self.modules_to_save) or None,
+        return lora_config(
+            self.sites,
+            self.ranks,
+            self.scaling,
+            lookalikes=self.lookalikes,
+            modules_to_save=self.modules_to_save,
             task_type=self.task_type,
-            fan_in_fan_out=all(self.sites[name].conv1d for name in chosen),
         )
-
-    def _targets(self, chosen: dict[str, int]) -> list[str] | str:
-        rest = [*(name for name in self.ranks if name not in chosen), *self.lookalikes]
-        leaks = any(other.endswith(f".{name}") for name in chosen for other in rest)
-        return "|".join(map(re.escape, chosen)) if leaks else list(chosen)
 
     def save(self, path: str | Path) -> None:
         """Write the allocation to `path` as JSON (schema version 2), creating its folder.
@@ -125,9 +104,7 @@ class Allocation:
         Raises:
             AllocationFileError: the file cannot be written.
         """
-        from heterolora.search.schema import write
-
-        write(self, Path(path))
+        schema.write(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
@@ -136,11 +113,14 @@ class Allocation:
         Raises:
             AllocationFileError: missing, malformed or newer file; the message names the key.
         """
-        from heterolora.search.schema import read
-
-        return read(Path(path))
-
-
-def _alpha(scaling: float, rank: int) -> int | float:
-    alpha = scaling * rank
-    return int(alpha) if alpha == int(alpha) else alpha
+        found = schema.read(Path(path))
+        stated = found.pop("parameters")
+        allocation = cls(**found)
+        used, budget = allocation.parameters, allocation.budget_parameters
+        if stated != used:
+            problem = f"parameters is {stated}, but the ranks add up to {used}"
+        elif used > budget:
+            problem = f"parameters is {used}, above budget_parameters {budget}"
+        else:
+            return allocation
+        raise AllocationFileError(f"{path}: {problem}")

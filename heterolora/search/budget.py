@@ -1,4 +1,4 @@
-"""What an adapter may cost, in parameters and in time, and the best way to spend parameters."""
+"""What an adapter may cost, in parameters, and the best way to spend them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from heterolora.errors import BudgetError, DegenerateScoreError, ScoreError, Sea
 from heterolora.search.space import MAX_RANK
 
 __all__ = [
-    "DEFAULT_RANK",
     "Budget",
     "Priced",
     "check_affordable",
@@ -25,8 +24,6 @@ __all__ = [
     "solve",
 ]
 
-# Of uniform LoRA where a budget names only a time: the default of `peft.LoraConfig`.
-DEFAULT_RANK = 8
 # Scores that differ by less than this fraction count as tied, and the seed decides between them.
 _TIE = 1e-9
 # Cells of the table of choices, a byte each: beyond this it would not fit in a common memory.
@@ -54,56 +51,27 @@ class Priced(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on LoRA parameters, by `rank` or by `params`, and with `step_time` on time besides.
-
-    ``Budget(step_time=0.6)`` is ``Budget(rank=8, step_time=0.6)``: a training step takes at most
-    0.6 of that of uniform LoRA of rank 8 (PEFT's default), with at most as many parameters.
+    """A limit on LoRA parameters, by `rank` or by `params`.
 
     Attributes:
         rank: as many parameters as uniform LoRA of this rank on every candidate.
         params: an absolute number of parameters.
-        step_time: fraction of the time of a training step (forward, backward, AdamW) of uniform
-            LoRA of `reference_rank` on every candidate. A limit, not a target: parameters that the
-            time does not pay for are left.
-        measured: with `step_time`, times are fitted to some training steps of the model on the
-            first batch, not only taken from the cost model; for shapes and devices that the model
-            does not know well.
 
     Raises:
-        BudgetError: rank and params both or neither given, not a positive integer, or a step_time
-            outside of 0 to 1.
+        BudgetError: both or neither given, or not a positive integer.
     """
 
     rank: int | None = None
     params: int | None = None
-    step_time: float | None = None
-    measured: bool = False
 
     def __post_init__(self) -> None:
-        if self.step_time is not None:
-            self._check_time(self.step_time)
-            if self.rank is None and self.params is None:
-                object.__setattr__(self, "rank", DEFAULT_RANK)
-        elif self.measured:
-            raise BudgetError("Budget(measured=True) needs step_time: parameters are counted")
         if (self.rank is None) == (self.params is None):
-            raise BudgetError(
-                "give exactly one of Budget(rank=...) and Budget(params=...), with or without "
-                "step_time"
-            )
+            raise BudgetError("give exactly one of Budget(rank=...) and Budget(params=...)")
         name, value = ("rank", self.rank) if self.params is None else ("params", self.params)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise BudgetError(f"Budget({name}={value!r}): expected a positive integer")
         if self.rank is not None and self.rank > MAX_RANK:
             raise BudgetError(f"Budget(rank={self.rank}): the largest rank is {MAX_RANK}")
-
-    @staticmethod
-    def _check_time(value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise BudgetError(
-                f"Budget(step_time={value!r}): expected a fraction of the training step of uniform "
-                "LoRA, above 0 and at most 1"
-            )
 
     def parameters(self, candidates: Sequence[Priced]) -> int:
         """The budget in LoRA parameters over `candidates`."""
@@ -111,14 +79,6 @@ class Budget:
             return self.params
         assert self.rank is not None
         return self.rank * sum(candidate.unit_cost for candidate in candidates)
-
-    def reference_rank(self, candidates: Sequence[Priced]) -> int:
-        """Rank of the uniform LoRA that `step_time` refers to: `rank`, or the largest that `params`
-        pay for, but at least 1."""
-        if self.rank is not None:
-            return self.rank
-        assert self.params is not None
-        return max(1, self.params // sum(candidate.unit_cost for candidate in candidates))
 
 
 def rank_options(candidate: Priced, ranks: Sequence[int]) -> list[int]:

@@ -40,9 +40,6 @@ def make_pools(
         BudgetError: a budget is not a Budget, buys nothing, or is of a rank above the largest.
         SearchSpaceError: as `heterolora.search.budget.solve`.
     """
-    budgets = [b for b in (budget, shortcut_budget) if isinstance(b, Budget)]
-    if shortcuts and any(b.step_time is not None for b in budgets):
-        raise BudgetError("step_time cannot price shortcuts; leave them out of the search space")
     if shortcut_budget is None:
         return [_pool("budget", [*sites, *shortcuts], ranks, budget)]
     if not shortcuts:

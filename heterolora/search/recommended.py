@@ -40,8 +40,7 @@ def recommended(
     count for the same total. Over modules the first was level with uniform ranks or ahead of them,
     at rank 2; the second was measured at a quarter of the parameters of rank 2, where it was level
     with ranks of equal scores, and at rank 1, where uniform ranks were ahead of it. With shortcuts
-    the first was level with uniform ranks and the second was not measured. A budget of time gets
-    neither, and lost 4.7 to 6.7 points at 0.6 of the step's time.
+    the first was level with uniform ranks and the second was not measured.
 
     Args:
         model, budget, space, shortcut_budget: as of `heterolora.allocate`.
@@ -66,13 +65,12 @@ def recommended(
         own.parameters(candidates) >= least * sum(candidate.unit_cost for candidate in candidates)
         for own, candidates in pools
     )
-    timed = budget.step_time is not None
-    floor = least if affordable and not timed else 0
+    floor = least if affordable else 0
     return {
         "proxy": "spectral",
         "variant": Variant(
             head_steps=_HEAD_STEPS if head_modules(model) else 0,
             floor=floor,
-            by_layer=not floor and not timed,
+            by_layer=not floor,
         ),
     }

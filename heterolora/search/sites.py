@@ -19,6 +19,7 @@ __all__ = [
     "head_names",
     "heads_to_save",
     "linear_sites",
+    "lookalikes",
     "task_type",
 ]
 
@@ -240,3 +241,16 @@ def _no_match(wanted: str | Sequence[str], linears: dict[str, Site], heads: tupl
     hint = f"closest: {', '.join(close)}" if close else f"linear layers: {', '.join(known[-8:])}"
     note = f"; {', '.join(heads)} is trained in full and never adapted" if heads else ""
     return f"target_modules={wanted!r} matches no linear layer of the model ({hint}){note}"
+
+
+def lookalikes(model: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
+    """Modules that are no sites but whose name ends in a site's name: PEFT would adapt them too."""
+    names = {site.name for site in sites}
+    return tuple(
+        name for name, _ in model.named_modules() if name not in names and _endings(name) & names
+    )
+
+
+def _endings(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(1, len(parts))}

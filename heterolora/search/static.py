@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +16,13 @@ from heterolora.fusion.fuse import fuse, unfuse
 from heterolora.search.allocation import Allocation
 from heterolora.search.budget import Budget, Priced
 from heterolora.search.gains import shuffled
-from heterolora.search.pools import choose_ranks, make_pools
+from heterolora.search.pools import Pool, choose_ranks, make_pools
 from heterolora.search.preserve import preserved, seeded
+from heterolora.search.scores.gradients import Batch
 from heterolora.search.scores.probe import Feed, attach, draw_b, rank_to_probe, timed_step
-from heterolora.search.scores.proxies import NEEDS_NONZERO_B, PROXIES, UNFUSED, Batch
-from heterolora.search.sites import Site, find_sites, heads_to_save, task_type
+from heterolora.search.scores.proxies import PROXIES, check_proxy
+from heterolora.search.sites import Site, find_sites, heads_to_save, lookalikes, task_type
 from heterolora.search.space import SearchSpace
-from heterolora.search.step_time.fit import calibrated
-from heterolora.search.step_time.model import StepTime
-from heterolora.search.step_time.spend import TimeBudget
 from heterolora.search.variant import Variant, scored, warmed_heads
 from heterolora.shortcuts.attachments import Candidate
 from heterolora.shortcuts.model import add_shortcuts, shortcut_candidates
@@ -60,8 +57,8 @@ def allocate(
     Where every rank would go to shortcuts, the module of the best score gets one of them: PEFT has
     no adapter without a module.
 
-    Processes do not talk to each other here, and other batches or step times would give each its
-    own ranks: for data parallel training allocate in one of them, or with the `heterolora search`
+    Processes do not talk to each other here, and other batches would give each its own ranks: for
+    data parallel training allocate in one of them, or with the `heterolora search`
     command, and have all `Allocation.load` what it saved.
 
     Args:
@@ -69,11 +66,9 @@ def allocate(
         batches: dicts that the model takes, labels included; consumed once, all of them
             (synflow uses only the first).
         budget: LoRA parameters to spend, on modules and shortcuts together: one ranking of both.
-            With `step_time` also the time that a training step may take; then without shortcuts.
         shortcut_budget: LoRA parameters to spend on shortcuts; `budget` is then for modules alone.
             HeteroLoRA calls these `combined` and `separated`.
-        proxy: a key of `heterolora.search.PROXIES`: "constant" (the random control), "grad-norm",
-            "snip", "synflow", "synflow-output", "spectral" or "spectral-sigma".
+        proxy: a key of `heterolora.search.PROXIES`, each described there.
         space: candidate modules, shortcuts and ranks; the default is all linears at 0, 1, 2, 4, 8,
             16, 32, and no shortcut.
         seed: seeds the probe adapter and dropout, and orders ties.
@@ -89,13 +84,12 @@ def allocate(
         SearchSpaceError: unknown proxy, candidates that match nothing, a floor above all ranks, or
             head steps where there is no head.
         ShortcutError: shortcuts are asked for, and the model's layers cannot be read.
-        BudgetError: the budget is too small for one adapter, its rank above every candidate's, or
-            its time less than that of any adapter.
+        BudgetError: the budget is too small for one adapter, or its rank above every candidate's.
         ScoreError: the loss or a score is not finite; DegenerateScoreError: every score is zero.
     """
     space = space or SearchSpace()
     variant = variant or Variant()
-    _check_proxy(proxy)
+    check_proxy(proxy)
     scale = _checked_scaling(scaling)
     seed = _checked_seed(seed)
     own_scale = scale if shortcut_scaling is None else _checked_scaling(shortcut_scaling)
@@ -105,55 +99,35 @@ def allocate(
     offered = variant.offered(space.ranks)
     pools = make_pools(sites, shortcuts, offered, budget, shortcut_budget)
     probe_rank = rank_to_probe(proxy, space.ranks[-1])
-    timing: dict[str, float | None] = {}
+    scales = {site.name: scale for site in sites}
+    scales.update((shortcut.name, own_scale) for shortcut in shortcuts)
 
     start = time.perf_counter()
-    everywhere = _allocation(
-        model,
-        sites,
-        shortcuts,
-        scores={},
-        ranks={candidate.name: probe_rank for candidate in candidates},
-        budget_parameters=0,
-        proxy=proxy,
-        scaling=scale,
-    )
     with preserved(model), seeded(seed), torch.enable_grad():
         feed = Feed(batches)
-        clock = None
-        if budget.step_time is not None:
-            clock = _time_budget(model, feed.first(), budget, everywhere, offered)
         heads = warmed_heads(model, feed, variant)
-        probe = attach(model, everywhere.lora_config)
+        probe = attach(model, sites, probe_rank, scale)
         if shortcuts:
             alpha = own_scale * probe_rank
             add_shortcuts(probe, space.shortcuts, probe_rank, alpha, space.mapping)
-        if proxy in NEEDS_NONZERO_B and not variant.train_steps:
+        if PROXIES[proxy].nonzero_b and not variant.train_steps:
             draw_b(probe, seed)
         try:
-            if proxy not in UNFUSED:
+            if PROXIES[proxy].fused:
                 fuse(probe)
             scores = scored(probe, proxy, feed, heads, variant)
             _warn_of_zeros(scores)
             if variant.shuffle:
                 scores = shuffled(scores, candidates, seed)
-            scales = {site.name: scale for site in sites}
-            scales.update((shortcut.name, own_scale) for shortcut in shortcuts)
-            choose = partial(
-                choose_ranks,
+            ranks = _chosen(
                 pools,
                 scores,
                 None if proxy == "constant" else scales,
                 offered,
-                equal_layers=variant.by_layer,
+                sites=sites,
+                by_layer=variant.by_layer,
+                seed=seed,
             )
-            if clock is not None:
-                ranks, timing = clock.choose(scores, seed=seed, equal_layers=variant.by_layer)
-            else:
-                ranks = choose(seed=seed)
-            if not any(ranks[site.name] for site in sites):
-                best = max(sites, key=lambda site: scores[site.name]).name
-                ranks = choose(required={best}, seed=seed)
             seconds = time.perf_counter() - start
             step_seconds = timed_step(probe, feed.first())
         finally:
@@ -174,7 +148,6 @@ def allocate(
         variant=variant,
         seconds=seconds,
         step_seconds=step_seconds,
-        **timing,
     )
 
 
@@ -219,31 +192,36 @@ def _allocation(
     ranks: dict[str, int],
     **fields: Any,
 ) -> Allocation:
-    by_name = {site.name: site for site in sites}
     return Allocation(
-        sites=by_name,
+        sites={site.name: site for site in sites},
         shortcut_candidates={shortcut.name: shortcut for shortcut in shortcuts},
         task_type=task_type(model),
         modules_to_save=heads_to_save(model),
-        lookalikes=tuple(
-            name
-            for name, _ in model.named_modules()
-            if name not in by_name and _endings(name) & by_name.keys()
-        ),
+        lookalikes=lookalikes(model, sites),
         ranks={site.name: ranks[site.name] for site in sites},
         shortcuts={shortcut.name: ranks[shortcut.name] for shortcut in shortcuts},
         **fields,
     )
 
 
-def _time_budget(
-    model: nn.Module, batch: Batch, budget: Budget, everywhere: Allocation, ranks: Sequence[int]
-) -> TimeBudget:
-    sites = list(everywhere.sites.values())
-    step = StepTime.of(model, batch, sites)
-    if budget.measured:
-        step = calibrated(step, model, batch, everywhere)
-    return TimeBudget(budget, step, sites, ranks)
+def _chosen(
+    pools: Sequence[Pool],
+    scores: Mapping[str, float],
+    scales: Mapping[str, float] | None,
+    ranks: Sequence[int],
+    *,
+    sites: Sequence[Site],
+    by_layer: bool,
+    seed: int,
+) -> dict[str, int]:
+    """`choose_ranks`, and again with the best site required if all ranks went to shortcuts."""
+    chosen = choose_ranks(pools, scores, scales, ranks, equal_layers=by_layer, seed=seed)
+    if any(chosen[site.name] for site in sites):
+        return chosen
+    best = max(sites, key=lambda site: scores[site.name]).name
+    return choose_ranks(
+        pools, scores, scales, ranks, required={best}, equal_layers=by_layer, seed=seed
+    )
 
 
 def _warn_of_zeros(scores: Mapping[str, float]) -> None:
@@ -257,16 +235,6 @@ def _warn_of_zeros(scores: Mapping[str, float]) -> None:
             len(scores),
             ", ".join(zeros[:3]) + (", ..." if len(zeros) > 3 else ""),
         )
-
-
-def _endings(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[i:]) for i in range(1, len(parts))}
-
-
-def _check_proxy(proxy: str) -> None:
-    if proxy not in PROXIES:
-        raise SearchSpaceError(f"unknown proxy {proxy!r}; choose one of {', '.join(PROXIES)}")
 
 
 def _checked_scaling(scaling: Any) -> float:

@@ -94,10 +94,6 @@ def test_shortcuts_get_a_floor_where_the_budget_pays_for_theirs_too(bert):
         assert found["variant"] == expected
 
 
-def test_budgets_of_time_choose_among_layers(bert):
-    assert variant(bert, Budget(rank=4, step_time=0.6)) == Variant(head_steps=70)
-
-
 @pytest.mark.parametrize("own", [None, Budget(rank=2)])
 def test_what_it_says_of_shortcuts_can_be_done(bert, own):
     space = SearchSpace(target_modules=ENCODER, shortcuts=("in-attn", "cross-ffn"))

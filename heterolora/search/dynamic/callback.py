@@ -19,8 +19,9 @@ from heterolora.search.dynamic.samples import Samples, agreed_scores, derived_se
 from heterolora.search.dynamic.surroundings import dynamic_reason, unwrapped
 from heterolora.search.pools import Pool, choose_ranks, make_pools
 from heterolora.search.preserve import buffers_kept, seeded
+from heterolora.search.scores.gradients import Batch
 from heterolora.search.scores.probe import length, nonzero_b
-from heterolora.search.scores.proxies import PROXIES, Batch
+from heterolora.search.scores.proxies import PROXIES, check_proxy
 from heterolora.search.sites import Site
 from heterolora.search.space import SearchSpace
 from heterolora.shortcuts.checkpoints import ShortcutCallback, resumed_folder, saved_folder
@@ -118,10 +119,7 @@ class DynamicSearchCallback(TrainerCallback):
             raise BudgetError(f"budget must be a Budget(rank=... or params=...), not {budget!r}")
         if not isinstance(shortcut_budget, Budget | None):
             raise BudgetError(f"shortcut_budget must be a Budget or None, not {shortcut_budget!r}")
-        if budget.step_time or (shortcut_budget is not None and shortcut_budget.step_time):
-            raise BudgetError("no dynamic search under step_time; use a budget of rank or params")
-        if proxy not in PROXIES:
-            raise SearchSpaceError(f"unknown proxy {proxy!r}; choose one of {', '.join(PROXIES)}")
+        check_proxy(proxy)
         if not _is_number(every) or not 0 < every <= 1:
             raise SearchSpaceError(f"every={every!r}: expected a fraction of an epoch, up to 1")
         if not _is_number(warmup_epochs) or not 0 <= warmup_epochs < math.inf:

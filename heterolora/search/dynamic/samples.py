@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from heterolora.errors import DataError, ScoreError
 from heterolora.search.gains import numbers, renumbered
-from heterolora.search.scores.proxies import Batch, Proxy, model_device
+from heterolora.search.scores.gradients import Batch, model_device
+from heterolora.search.scores.proxies import Proxy
 
 __all__ = ["Samples", "agreed_scores", "derived_seed"]
 

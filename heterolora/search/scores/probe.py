@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,17 +13,13 @@ import torch
 from torch import nn
 
 from heterolora.errors import DataError, ModelError
-from heterolora.search.scores.proxies import (
-    NEEDS_NONZERO_B,
-    SKETCHES,
-    Batch,
-    batch_loss,
-    branch_factors,
-    model_device,
-)
+from heterolora.search.lora_config import lora_config
+from heterolora.search.scores.gradients import Batch, batch_loss, branch_factors, model_device
+from heterolora.search.scores.proxies import PROXIES
+from heterolora.search.sites import Site, lookalikes
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from rich.progress import Progress
 
 __all__ = [
@@ -59,22 +55,26 @@ _OVERSAMPLING = 8
 
 def rank_to_probe(proxy: str, largest: int) -> int:
     """The rank of the probe adapter, with `largest` the largest rank that may be chosen."""
-    if proxy in SKETCHES:
+    if PROXIES[proxy].sketch:
         return max(SKETCH_RANK, largest + _OVERSAMPLING)
     return min(largest, PROBE_RANK)
 
 
-def attach(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """`model` with a fresh adapter of `config`; its heads stay frozen, since only LoRA is scored.
+def attach(model: nn.Module, sites: Sequence[Site], rank: int, scaling: float) -> PeftModel:
+    """`model` with a fresh adapter of this rank on every site, at alpha/r = `scaling`.
+
+    Its heads stay frozen, since only LoRA is scored: a task type would make PEFT train, and so
+    copy, the head.
 
     Raises:
         ModelError: PEFT cannot adapt one of the modules.
     """
     from peft import get_peft_model
 
-    # A task type would make PEFT train, and so copy, the head.
-    config.task_type = None
-    config.modules_to_save = None
+    by_name = {site.name: site for site in sites}
+    config = lora_config(
+        by_name, dict.fromkeys(by_name, rank), scaling, lookalikes=lookalikes(model, sites)
+    )
     try:
         return get_peft_model(model, config)
     except (ValueError, NotImplementedError, TypeError) as error:
@@ -94,7 +94,8 @@ def draw_b(model: nn.Module, seed: int, std: float = PROBE_B_STD) -> None:
 @contextmanager
 def nonzero_b(model: nn.Module, proxy: str, seed: int) -> Iterator[None]:
     """`draw_b` for a proxy that is zero where every B is zero, as here; zero again on exit."""
-    factors = [b for _, b in branch_factors(model).values()] if proxy in NEEDS_NONZERO_B else []
+    needed = PROXIES[proxy].nonzero_b
+    factors = [b for _, b in branch_factors(model).values()] if needed else []
     if not factors or any(bool(b.detach().any()) for b in factors):
         yield
         return

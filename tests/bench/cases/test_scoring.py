@@ -8,7 +8,7 @@ from heterolora.bench.cases import scoring
 from heterolora.bench.cases.workloads import bert
 from heterolora.bench.harness.parity import OpCalls
 from heterolora.bench.harness.steps import twin, uniform_ranks
-from heterolora.search.scores.proxies import branch_factors
+from heterolora.search.scores.gradients import branch_factors
 
 LAYERS = 2
 # q, k and v read one x; the attention output, up and down read one each.

@@ -8,8 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from heterolora.errors import DataError, DegenerateScoreError, ModelError, ScoreError
+from heterolora.search.scores.constant import constant
+from heterolora.search.scores.grad_norm import grad_norm
 from heterolora.search.scores.probe import PROBE_B_STD, draw_b
-from heterolora.search.scores.proxies import PROXIES, constant, grad_norm, snip, synflow
+from heterolora.search.scores.proxies import PROXIES
+from heterolora.search.scores.snip import snip
+from heterolora.search.scores.synflow import synflow
 
 MODELS = ["bert", "opt"]
 

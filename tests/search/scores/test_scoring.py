@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from heterolora.errors import ScoreError
 from heterolora.fusion.fuse import fuse
 from heterolora.search.scores.backward import with_last
+from heterolora.search.scores.gradients import branch_factors
 from heterolora.search.scores.probe import draw_b
-from heterolora.search.scores.proxies import PROXIES, branch_factors
+from heterolora.search.scores.proxies import PROXIES
 
 GRADIENT_PROXIES = ["grad-norm", "snip"]
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from heterolora import Budget, allocate
 from heterolora.errors import DataError, DegenerateScoreError, ModelError
 from heterolora.search.scores.probe import draw_b
-from heterolora.search.scores.proxies import synflow, synflow_output
+from heterolora.search.scores.synflow import synflow, synflow_output
 
 MODULES = ["query", "value", "dense", "k_proj", "fc1", "fc2", "c_attn", "q", "wi"]
 

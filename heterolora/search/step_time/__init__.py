@@ -1,1 +1,0 @@
-"""Budgets of time: what a training step costs with given ranks, and the best ranks within it."""
