@@ -71,12 +71,12 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     Raises:
         HeteroLoraError: the MiniLM package is missing, or `output` cannot be written to.
     """
+    from heterolora.data.models import load_model
     from heterolora.data.text import batches, load_text_data, tokenize
     from heterolora.demo.speed import measure
     from heterolora.report.figures import check_drawing
     from heterolora.report.page import write_html
     from heterolora.search import Budget, SearchSpace, allocate, recommended, uniform
-    from heterolora.train.models import load_model
 
     recipe = (
         Recipe(seeds=(seed,), epochs=1, limit=96, rounds=1, logging_steps=1)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from heterolora.cli.options import add_json, write_json
+from heterolora.console import add_json, write_json
 from heterolora.errors import HeteroLoraError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from heterolora.verify.rungs import Request, Rung
 
-__all__ = ["SCHEMA_VERSION", "add_arguments", "run"]
+__all__ = ["EPILOG", "SCHEMA_VERSION", "add_arguments", "run"]
 
 EPILOG = """\
 examples:
@@ -35,7 +35,6 @@ SCHEMA_VERSION = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
     parser.add_argument(
         "--rung",
         action="append",

@@ -168,9 +168,9 @@ def files(tmp_path: Any) -> dict[str, Any]:
 
 
 def _ready(files: dict[str, Any]) -> tuple[Any, Any]:
+    from heterolora.data.models import load_model
     from heterolora.data.text import load_text_data, tokenize
     from heterolora.search import adapt, uniform
-    from heterolora.train.models import load_model
 
     data = load_text_data(files["data"], task="classification", text="text")
     model, tokenizer = load_model(files["bert"], task="classification", num_labels=2)
