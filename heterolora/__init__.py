@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from heterolora.search.dynamic.callback import DynamicSearchCallback
     from heterolora.shortcuts.checkpoints import ShortcutCallback
     from heterolora.shortcuts.model import add_shortcuts, remove_shortcuts
-    from heterolora.train.run import FuseCallback
+    from heterolora.train.callbacks import FuseCallback
     from heterolora.train.trainers import GraphedTrainer
 
 __version__ = "0.1.0"
@@ -47,7 +47,7 @@ _HOME = {
     "Allocation": "search",
     "Budget": "search",
     "DynamicSearchCallback": "search",
-    "FuseCallback": "train.run",
+    "FuseCallback": "train.callbacks",
     "GraphedTrainer": "train.trainers",
     "SearchSpace": "search",
     "ShortcutCallback": "shortcuts.checkpoints",

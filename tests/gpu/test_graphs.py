@@ -14,8 +14,7 @@ import torch
 import transformers
 
 import heterolora
-from heterolora.train.capture import WARM_UP, CudaRecorder
-from heterolora.train.graphs import StepGraphs
+from heterolora.train.cuda_graphs import WARM_UP, CudaRecorder, StepGraphs
 
 DEVICE = torch.device("cuda", 0)
 
@@ -183,7 +182,7 @@ def _ready(files: dict[str, Any]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_graphed_trainer_is_a_trainer(files: dict[str, Any], accumulation: int) -> None:
-    from heterolora.train.run import FuseCallback
+    from heterolora.train.callbacks import FuseCallback
     from heterolora.train.trainers import GraphedTrainer, constant_length
 
     logs, weights, trainers = [], [], []
