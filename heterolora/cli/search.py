@@ -1,6 +1,8 @@
 """`heterolora search`: decides ranks under a budget, and writes them as an allocation."""
 
 import argparse
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,11 +103,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         HeteroLoraError: what was asked for cannot be done, or a file cannot be written.
     """
-    from heterolora.report.figures import check_drawing
-    from heterolora.report.page import write_search_html
+    from heterolora.report.page import check_installed, write_search_html
 
     if args.report is not None:
-        check_drawing()
+        check_installed()
     wishes = _wishes(args)
     inputs.quiet_libraries()
     data, model = inputs.load(args)
@@ -220,15 +221,35 @@ def _result(args: argparse.Namespace, allocation: "Allocation") -> dict[str, Any
 
 
 def _lines(args: argparse.Namespace, allocation: "Allocation") -> list[Any]:
-    from heterolora.report.page import rank_table
-
     used = f"{allocation.parameters:,} of {allocation.budget_parameters:,} parameters"
     cost = f"{allocation.seconds:.1f} s"
     if allocation.ratio:
         cost += f", as much as {allocation.ratio:.1f} training steps"
     return [
-        rank_table({**allocation.ranks, **allocation.shortcuts}),
+        _rank_table({**allocation.ranks, **allocation.shortcuts}),
         f"{used}; scored with {allocation.proxy} in {cost}",
         f"wrote {args.out}; train it with: heterolora train --allocation {args.out} "
         "and the same options for model and data",
     ]
+
+
+def _rank_table(ranks: Mapping[str, int]) -> Any:
+    """A table of layer by module or shortcut; what is outside the layers has its own row."""
+    from rich.table import Table
+
+    cells: dict[str, dict[str, int]] = {}
+    columns: dict[str, None] = {}
+    for name, rank in ranks.items():
+        match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+        layer, column = (match.group(1), match.group(2)) if match else ("-", name)
+        # The kind of a shortcut says where it ends.
+        column = column.rpartition(":")[2]
+        cells.setdefault(layer, {})[column] = rank
+        columns[column] = None
+    table = Table(title="rank by layer and module")
+    table.add_column("layer", justify="right")
+    for column in columns:
+        table.add_column(re.sub(r"([.-])", r"\1\n", column), justify="right")
+    for layer, row in cells.items():
+        table.add_row(layer, *(str(row.get(column, "")) for column in columns))
+    return table
