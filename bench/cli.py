@@ -252,7 +252,7 @@ def _explain(args: argparse.Namespace, out: "Console") -> int:
     from heterolora.bench.cases import registry as cases
     from heterolora.bench.gpu import explain
     from heterolora.bench.harness import timing as harness
-    from heterolora.cli import options
+    from heterolora.console import write_json
 
     chosen = cases.select(args.case, quick=args.quick)
     if not args.case:
@@ -277,7 +277,7 @@ def _explain(args: argparse.Namespace, out: "Console") -> int:
             explain.print_explained(out, found)
             explained.append((devices[dtype], found))
     if args.json is not None:
-        options.write_json(str(args.json), explain.as_json(explained))
+        write_json(str(args.json), explain.as_json(explained))
     return 0
 
 

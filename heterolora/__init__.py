@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from heterolora.search.dynamic.callback import DynamicSearchCallback
     from heterolora.shortcuts.checkpoints import ShortcutCallback
     from heterolora.shortcuts.model import add_shortcuts, remove_shortcuts
-    from heterolora.train.run import FuseCallback
+    from heterolora.train.callbacks import FuseCallback
     from heterolora.train.trainers import GraphedTrainer
 
 __version__ = "0.1.0"
@@ -43,11 +43,12 @@ __all__ = [
     "unfuse",
 ]
 
+# Where the names lie that load when they are first asked for; a module lies in itself.
 _HOME = {
     "Allocation": "search",
     "Budget": "search",
-    "DynamicSearchCallback": "search",
-    "FuseCallback": "train.run",
+    "DynamicSearchCallback": "search.dynamic.callback",
+    "FuseCallback": "train.callbacks",
     "GraphedTrainer": "train.trainers",
     "SearchSpace": "search",
     "ShortcutCallback": "shortcuts.checkpoints",
@@ -55,6 +56,8 @@ _HOME = {
     "adapt": "search",
     "add_shortcuts": "shortcuts.model",
     "allocate": "search",
+    "errors": "errors",
+    "kernels": "kernels",
     "load_adapter": "files.adapters",
     "remove_shortcuts": "shortcuts.model",
     "save_adapter": "files.adapters",
@@ -62,11 +65,11 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "kernels"):
-        return import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{home}")
+    return module if home == name else getattr(module, name)
 
 
 def __dir__() -> list[str]:

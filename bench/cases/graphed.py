@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from heterolora.bench.harness.steps import Step
-from heterolora.train.capture import WARM_UP, CudaRecorder, Recorder, Recording
+from heterolora.train.cuda_graphs import WARM_UP, CudaRecorder, Recorder, Recording
 
 __all__ = ["GraphedStep"]
 

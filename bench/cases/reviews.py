@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from heterolora.bench.cases import workloads
 from heterolora.bench.harness.steps import SEED, Inputs, Workload, linears
 from heterolora.data.columns import Task
+from heterolora.data.models import disable_dropout, embedded_minilm, load_model
 from heterolora.errors import ModelError
-from heterolora.train.models import disable_dropout, embedded_minilm, load_model
 
 __all__ = ["RANDOM", "TrainingLoad", "classifier", "language", "minilm", "to_longest"]
 

@@ -27,7 +27,7 @@ from heterolora.bench.evidence.tasks.registry import TASKS
 from heterolora.bench.evidence.tasks.task import Task, Tokenised
 from heterolora.fusion.fuse import fuse
 from heterolora.search import SearchSpace
-from heterolora.train.run import FuseCallback
+from heterolora.train.callbacks import FuseCallback
 
 __all__ = ["Trials"]
 

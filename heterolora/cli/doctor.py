@@ -1,16 +1,23 @@
-"""What this environment has, what heterolora needs, and how to mend the difference."""
+"""`heterolora doctor`: what this environment has, what heterolora needs, and how to mend it."""
 
+import argparse
 import os
 import platform
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from typing import Any
 
+from heterolora.console import add_json, emit
 from heterolora.errors import ModelError
 
-__all__ = ["Check", "as_json", "examine", "is_healthy", "render"]
+__all__ = ["EPILOG", "Check", "add_arguments", "examine", "is_healthy", "render", "run"]
+
+EPILOG = """\
+examples:
+  heterolora doctor
+  heterolora doctor --json -
+"""
 
 # (distribution, lowest version, first version that is too new, required)
 _PACKAGES: tuple[tuple[str, str | None, str | None, bool], ...] = (
@@ -45,6 +52,23 @@ class Check:
     fix: str = ""
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report.
+
+    Returns:
+        0 if everything required is there, else 1.
+    """
+    checks = examine()
+    healthy = is_healthy(checks)
+    result = {"healthy": healthy, "checks": [asdict(check) for check in checks]}
+    emit(args.json, result, [render(checks)])
+    return 0 if healthy else 1
+
+
 def examine() -> list[Check]:
     """Look at Python, the packages, the devices and the embedded weights; changes nothing."""
     checks = [_python(), Check("platform", platform.platform())]
@@ -57,11 +81,6 @@ def examine() -> list[Check]:
 def is_healthy(checks: list[Check]) -> bool:
     """True when everything required is there."""
     return all(check.ok for check in checks if check.required)
-
-
-def as_json(checks: list[Check]) -> dict[str, Any]:
-    """The report as plain data."""
-    return {"healthy": is_healthy(checks), "checks": [asdict(check) for check in checks]}
 
 
 def render(checks: list[Check]) -> str:
@@ -155,7 +174,7 @@ def _hub_kernels() -> list[Check]:
 
 
 def _minilm() -> list[Check]:
-    from heterolora.train.models import MINILM_INSTALL, embedded_minilm
+    from heterolora.data.models import MINILM_INSTALL, embedded_minilm
 
     try:
         return [Check("MiniLM weights", str(embedded_minilm()), required=False)]

@@ -1,4 +1,5 @@
-"""Text data from files and the hub: which columns hold it, and batches of tokens.
+"""What a run is fed, by file, folder or hub id: text data sets, every row of them checked, and
+pretrained models with their tokenizers.
 
-Import from `text` and `columns`.
+Import from `text` and `models`; `columns` serves `text`.
 """

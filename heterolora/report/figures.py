@@ -1,46 +1,27 @@
-"""Pictures of ranks, scores and training runs, as matplotlib figures and as inline SVG.
+"""Pictures of ranks, scores and training runs, as matplotlib figures.
 
 They take the text colour of the page, so that one file serves light and dark settings.
 """
 
-import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from heterolora.errors import HeteroLoraError
+from heterolora.report.style import COLOURS, TEXT, panels
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
     "MOST_BARS",
     "Grid",
-    "check_drawing",
     "curves_figure",
     "layer_grid",
-    "picture",
     "rank_map_figure",
     "scores_figure",
 ]
 
-# Okabe and Ito, "Color Universal Design": told apart by colour-blind readers, on light and on dark.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-# Drawn where the page's own text colour belongs; replaced by `currentColor` in the SVG.
-_TEXT = "#010203"
 MOST_BARS = 24
-
-
-def check_drawing() -> None:
-    """Raises HeteroLoraError where matplotlib is missing."""
-    if find_spec("matplotlib") is None:
-        raise HeteroLoraError(
-            "the report is drawn with matplotlib, which is missing: pip install matplotlib"
-        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +70,7 @@ def rank_map_figure(ranks: Mapping[str, int]) -> "Figure":
     grid = layer_grid(ranks)
     columns, rows = len(grid.layers), len(grid.kinds)
     cell = 0.42 if columns <= 24 else 0.42 * 24 / columns
-    figure, axes = _figure(2.4 + cell * columns, 0.7 + 0.34 * rows)
+    figure, (axes,) = panels(2.4 + cell * columns, 0.7 + 0.34 * rows)
     highest = max(ranks.values(), default=0) or 1
     colours = colormaps["viridis"]
     for (kind, layer), name in grid.cells.items():
@@ -101,7 +82,7 @@ def rank_map_figure(ranks: Mapping[str, int]) -> "Figure":
         edge = "none" if rank else "#88888880"
         axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, facecolor=face, edgecolor=edge))
         # Viridis turns light at about two thirds.
-        ink = _TEXT if not rank else "#000000" if shade > 0.62 else "#ffffff"
+        ink = TEXT if not rank else "#000000" if shade > 0.62 else "#ffffff"
         size = 8 if columns <= 24 else 6
         axes.text(x, y, str(rank), ha="center", va="center", fontsize=size, color=ink)
     axes.set_xlim(-0.5, columns - 0.5)
@@ -118,8 +99,8 @@ def rank_map_figure(ranks: Mapping[str, int]) -> "Figure":
 def scores_figure(scores: Mapping[str, float]) -> "Figure":
     """Horizontal bars of the highest scores, at most 24, the highest on top."""
     best = sorted(scores, key=lambda name: -scores[name])[:MOST_BARS]
-    figure, axes = _figure(7.0, 0.6 + 0.22 * len(best))
-    axes.barh(range(len(best)), [scores[name] for name in best], color=_COLOURS[0])
+    figure, (axes,) = panels(7.0, 0.6 + 0.22 * len(best))
+    axes.barh(range(len(best)), [scores[name] for name in best], color=COLOURS[0])
     places = {name: place for place, name in layer_grid(scores).cells.items()}
     labels = [
         kind if layer is None else f"layer {layer} {kind}"
@@ -136,7 +117,7 @@ def curves_figure(arms: Sequence[Mapping[str, Any]]) -> "Figure":
     """Training loss, evaluation loss and evaluation accuracy by step; a colour an arm, a line a
     run.
     """
-    panels = [
+    measures = [
         (key, label)
         for key, label in (
             ("loss", "training loss"),
@@ -145,10 +126,11 @@ def curves_figure(arms: Sequence[Mapping[str, Any]]) -> "Figure":
         )
         if any(_series(run, key)[0] for arm in arms for run in arm["runs"])
     ]
-    figure, *axes_list = _figure(7.0, 2.5 * max(1, len(panels)), rows=max(1, len(panels)))
-    for axes, (key, label) in zip(axes_list, panels, strict=False):
+    rows = max(1, len(measures))
+    figure, axes_list = panels(7.0, 2.5 * rows, rows)
+    for axes, (key, label) in zip(axes_list, measures, strict=False):
         for index, arm in enumerate(arms):
-            colour = _COLOURS[index % len(_COLOURS)]
+            colour = COLOURS[index % len(COLOURS)]
             for number, run in enumerate(arm["runs"]):
                 steps, values = _series(run, key)
                 axes.plot(
@@ -167,51 +149,11 @@ def curves_figure(arms: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.grid(color="#88888840", linewidth=0.6)
         axes.set_axisbelow(True)
     axes_list[-1].set_xlabel("step")
-    if panels:
-        axes_list[0].legend(frameon=False, labelcolor=_TEXT)
+    if measures:
+        axes_list[0].legend(frameon=False, labelcolor=TEXT)
     return figure
 
 
 def _series(run: Mapping[str, Any], key: str) -> tuple[list[float], list[float]]:
     points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, ...]:
-    """A figure in inches and its axes from top to bottom, without pyplot and its global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0.0)
-    axes_list = [figure.add_subplot(rows, 1, 1 + index) for index in range(rows)]
-    for axes in axes_list:
-        _in_text_colour(axes)
-    return (figure, *axes_list)
-
-
-def _in_text_colour(axes: "Axes") -> None:
-    axes.patch.set_alpha(0.0)
-    axes.tick_params(colors=_TEXT, labelsize=9)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(_TEXT)
-        label.set_fontsize(9)
-    for side, spine in axes.spines.items():
-        spine.set_color(_TEXT)
-        spine.set_visible(side in ("left", "bottom"))
-
-
-def picture(figure: "Figure", label: str) -> str:
-    """The figure as inline SVG, its text in the reader's colour and font."""
-    from matplotlib import rc_context
-
-    # The hash salt makes ids differ between the pictures of a page, and equal from run to run.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    svg = drawn.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    svg = svg.replace(_TEXT, "currentColor")
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
-    return f'<div class="wide">{svg}</div>'

@@ -1,6 +1,7 @@
 """What `heterolora.train.run.train` adds to Trainer, one concern a callback."""
 
 import logging
+import random
 import signal
 import threading
 import time
@@ -8,14 +9,80 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import ParallelMode
 
-from heterolora.errors import TrainingError
+from heterolora.errors import FuseError, TrainingError
+from heterolora.fusion.fuse import FuseReport, fuse, unfuse
 
-__all__ = ["Interrupt", "LossCheck", "Progress", "StepTimer"]
+__all__ = ["FuseCallback", "Interrupt", "LossCheck", "Progress", "StepTimer"]
 
 logger = logging.getLogger(__name__)
+
+
+class FuseCallback(TrainerCallback):
+    """Fuses the model when training begins and unfuses it when training ends.
+
+    The groups of layers are found with one batch of rows of the training set before the first step,
+    so that every step runs the same way, a resumed run repeats an uninterrupted one, and the report
+    is of the size that is trained. No random state is used up. A training set without length (a
+    stream) is not touched; groups are then found in the first step. Under `torch.nn.DataParallel`,
+    which Trainer takes for several GPUs in one process, nothing is fused, and the log says so: its
+    copies of a layer cannot be told apart.
+
+    Args:
+        strict, backend, captured: as of :func:`heterolora.fuse`.
+
+    Attributes:
+        report: what was fused and declined; None before training began, or if nothing was tried.
+
+    Raises:
+        FuseError: `strict` is set and a layer was declined, or the model has no LoRA layer.
+    """
+
+    def __init__(
+        self, *, strict: bool = False, backend: str = "auto", captured: bool = False
+    ) -> None:
+        self.strict = strict
+        self.backend = backend
+        self.captured = captured
+        self.report: FuseReport | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
+            reason = "nn.DataParallel over several GPUs: start with torchrun or accelerate launch"
+            if self.strict:
+                raise FuseError(f"strict=True, but nothing can be fused under {reason}")
+            logger.warning("not fused, %s", reason)
+            return
+        unwrapped = _unwrapped(model)
+        with _random_state_kept():
+            device, count = next(unwrapped.parameters()).device, args.per_device_train_batch_size
+            example = _example(train_dataloader, device, count)
+            self.report = fuse(
+                unwrapped,
+                strict=self.strict,
+                backend=self.backend,
+                example=example,
+                captured=self.captured,
+            )
+        logger.info("%s", self.report)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        unfuse(_unwrapped(model))
 
 
 class LossCheck(TrainerCallback):
@@ -269,3 +336,33 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel and torch.compile."""
+    inner = extract_model_from_parallel(model)
+    return getattr(inner, "_orig_mod", inner)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _example(dataloader: Any, device: torch.device, count: int) -> dict[str, Any] | None:
+    """The first rows of the training set as a batch, or None where it has no length."""
+    dataset: Any = getattr(dataloader, "dataset", None)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+        return None
+    rows = [dataset[index] for index in range(min(count, len(dataset)))]
+    batch = dataloader.collate_fn(rows)
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

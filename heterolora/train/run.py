@@ -1,33 +1,29 @@
-"""Training with transformers' Trainer: the fusing callback, and one function for the command line.
+"""Training with transformers' Trainer, as one function for the command line.
 
 There is no training loop here. What Trainer lacks comes as callbacks: a stop on a loss that is not
 finite before it can reach a checkpoint, a stop with a checkpoint on Ctrl-C, and step times that
 leave evaluation and saving out.
 """
 
-import logging
 import math
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.training_args import ParallelMode
+from peft import PeftModel
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from heterolora.data.text import TokenizedData
-from heterolora.errors import FuseError, TrainingError
+from heterolora.errors import TrainingError
 from heterolora.files.adapters import save_adapter
-from heterolora.fusion.fuse import FuseReport, fuse, unfuse
+from heterolora.fusion.fuse import FuseReport, unfuse
 from heterolora.shortcuts.checkpoints import ShortcutCallback
-from heterolora.train.callbacks import Interrupt, LossCheck, Progress, StepTimer
-from heterolora.train.capture import WARM_UP
+from heterolora.train.callbacks import FuseCallback, Interrupt, LossCheck, Progress, StepTimer
 from heterolora.train.checkpoints import newest_checkpoint, prepare_folder
+from heterolora.train.cuda_graphs import WARM_UP
 from heterolora.train.trainers import (
     WatchedGraphedTrainer,
     WatchedTrainer,
@@ -35,9 +31,7 @@ from heterolora.train.trainers import (
     graph_reason,
 )
 
-__all__ = ["FuseCallback", "TrainResult", "TrainingInterrupted", "newest_checkpoint", "train"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["TrainResult", "TrainingInterrupted", "train"]
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -49,68 +43,6 @@ class TrainingInterrupted(KeyboardInterrupt):
             "run the same command with --resume to go on"
         )
         self.checkpoint = checkpoint
-
-
-class FuseCallback(TrainerCallback):
-    """Fuses the model when training begins and unfuses it when training ends.
-
-    The groups of layers are found with one batch of rows of the training set before the first step,
-    so that every step runs the same way, a resumed run repeats an uninterrupted one, and the report
-    is of the size that is trained. No random state is used up. A training set without length (a
-    stream) is not touched; groups are then found in the first step. Under `torch.nn.DataParallel`,
-    which Trainer takes for several GPUs in one process, nothing is fused, and the log says so: its
-    copies of a layer cannot be told apart.
-
-    Args:
-        strict, backend, captured: as of :func:`heterolora.fuse`.
-
-    Attributes:
-        report: what was fused and declined; None before training began, or if nothing was tried.
-
-    Raises:
-        FuseError: `strict` is set and a layer was declined, or the model has no LoRA layer.
-    """
-
-    def __init__(
-        self, *, strict: bool = False, backend: str = "auto", captured: bool = False
-    ) -> None:
-        self.strict = strict
-        self.backend = backend
-        self.captured = captured
-        self.report: FuseReport | None = None
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
-            reason = "nn.DataParallel over several GPUs: start with torchrun or accelerate launch"
-            if self.strict:
-                raise FuseError(f"strict=True, but nothing can be fused under {reason}")
-            logger.warning("not fused, %s", reason)
-            return
-        unwrapped = _unwrapped(model)
-        with _random_state_kept():
-            device, count = next(unwrapped.parameters()).device, args.per_device_train_batch_size
-            example = _example(train_dataloader, device, count)
-            self.report = fuse(
-                unwrapped,
-                strict=self.strict,
-                backend=self.backend,
-                example=example,
-                captured=self.captured,
-            )
-        logger.info("%s", self.report)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        unfuse(_unwrapped(model))
 
 
 @dataclass(frozen=True)
@@ -191,11 +123,22 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint was saved. Only the main thread
             listens to signals.
     """
+    positive = {
+        "--epochs": epochs,
+        "--max-steps": max_steps,
+        "--lr": learning_rate,
+        "--batch-size": batch_size,
+        "--save-steps": save_steps,
+    }
+    for flag, value in positive.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise TrainingError(f"{flag} is {value}: it must be above 0")
+    if bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise TrainingError("--bf16: this GPU has no bf16 arithmetic, leave the flag out")
+    _check_trainable(model, data)
     output = Path(output_dir)
-    _check_settings(model, data, epochs, max_steps, learning_rate, batch_size, save_steps, bf16)
     checkpoint = prepare_folder(output, model, resume=resume, overwrite=overwrite)
-    splits = data.splits
-    validation = splits.get("validation")
+    validated = "validation" in data.splits
     every = "steps" if save_steps else "epoch"
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -212,7 +155,7 @@ def train(
         # The same strategy for both: Trainer evaluates, then saves, so the random state in a
         # checkpoint is that of the moment when training goes on.
         save_strategy=every,
-        eval_strategy=every if validation is not None else "no",
+        eval_strategy=every if validated else "no",
         save_steps=save_steps or 500,
         eval_steps=save_steps or 500,
         save_total_limit=2,
@@ -231,23 +174,22 @@ def train(
     fusing = FuseCallback(captured=graphed) if fused else None
     bar, check, interrupt = Progress(draw=progress), LossCheck(), Interrupt()
     timer = StepTimer(skipped=WARM_UP + 1 if graphed else 1)
-    own = [bar, check, interrupt, timer]
-    classify = data.task == "classification"
     unfuse(model)
-    trainer = (WatchedGraphedTrainer if cuda_graph else WatchedTrainer)(
-        model=model,
+    trainer = _trainer(
+        WatchedGraphedTrainer if cuda_graph else WatchedTrainer,
+        model,
+        data,
         args=arguments,
         data_collator=constant_length(data) if graphed else data.collator,
-        train_dataset=splits["train"],
-        eval_dataset=validation,
-        processing_class=data.tokenizer,
-        compute_metrics=_accuracy if classify else None,
-        preprocess_logits_for_metrics=_predictions if classify else None,
         # After the user's, so that these see what those asked for.
-        callbacks=[*callbacks, ShortcutCallback(), *([fusing] if fusing else []), *own],
+        callbacks=[
+            *callbacks,
+            ShortcutCallback(),
+            *([fusing] if fusing else []),
+            *(bar, check, interrupt, timer),
+        ],
         watchers=[check.observe, timer.observe],
     )
-    trainer.remove_callback(PrinterCallback)
     try:
         with interrupt.listening():
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -256,22 +198,11 @@ def train(
         unfuse(model)
         bar.close()
     if interrupt.saved:
-        saved = newest_checkpoint(output)
-        if saved is None:
-            raise TrainingError(f"stopped on request, but no checkpoint is in {output}")
-        raise TrainingInterrupted(saved, trainer.state.global_step, trainer.state.max_steps)
-
+        raise _interrupted(trainer, output)
     save_adapter(model, output / "adapter")
-    metrics = {"train_loss": float(outcome.training_loss)}
-    for split in ("validation", "test"):
-        if split in splits:
-            scores = trainer.evaluate(splits[split], metric_key_prefix=split)
-            for name in (f"{split}_loss", f"{split}_accuracy"):
-                if name in scores:
-                    metrics[name] = float(scores[name])
     return TrainResult(
         adapter=output / "adapter",
-        metrics=metrics,
+        metrics={"train_loss": float(outcome.training_loss), **_scores(trainer, data)},
         log_history=list(trainer.state.log_history),
         steps=trainer.state.global_step,
         seconds=float(outcome.metrics["train_runtime"]),
@@ -282,35 +213,51 @@ def train(
     )
 
 
-def _check_settings(
-    model: Any,
-    data: TokenizedData,
-    epochs: float,
-    max_steps: int | None,
-    learning_rate: float,
-    batch_size: int,
-    save_steps: int | None,
-    bf16: bool,
-) -> None:
-    from peft import PeftModel
-
-    for flag, value in (
-        ("--epochs", epochs),
-        ("--max-steps", max_steps),
-        ("--lr", learning_rate),
-        ("--batch-size", batch_size),
-        ("--save-steps", save_steps),
-    ):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise TrainingError(f"{flag} is {value}: it must be above 0")
-    if bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise TrainingError("--bf16: this GPU has no bf16 arithmetic, leave the flag out")
+def _check_trainable(model: Any, data: TokenizedData) -> None:
     if not isinstance(model, PeftModel):
         raise TrainingError(f"a PeftModel is needed, not {type(model).__name__}: adapt it first")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("no parameter of the model is trainable")
     if len(data.splits["train"]) == 0:
         raise TrainingError("the train split has no rows")
+
+
+def _trainer(
+    kind: type[WatchedTrainer], model: Any, data: TokenizedData, **options: Any
+) -> WatchedTrainer:
+    """A trainer of the kind, with what the data decides: splits, tokenizer and metrics."""
+    classify = data.task == "classification"
+    trainer = kind(
+        model=model,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits.get("validation"),
+        processing_class=data.tokenizer,
+        compute_metrics=_accuracy if classify else None,
+        preprocess_logits_for_metrics=_predictions if classify else None,
+        **options,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _interrupted(trainer: Trainer, output: Path) -> Exception | KeyboardInterrupt:
+    """What to raise after a stop on request."""
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is None:
+        return TrainingError(f"stopped on request, but no checkpoint is in {output}")
+    return TrainingInterrupted(checkpoint, trainer.state.global_step, trainer.state.max_steps)
+
+
+def _scores(trainer: Trainer, data: TokenizedData) -> dict[str, float]:
+    """Loss and, of a classifier, accuracy on the validation and test splits that there are."""
+    found = {}
+    for split in ("validation", "test"):
+        if split in data.splits:
+            scores = trainer.evaluate(data.splits[split], metric_key_prefix=split)
+            for name in (f"{split}_loss", f"{split}_accuracy"):
+                if name in scores:
+                    found[name] = float(scores[name])
+    return found
 
 
 def _checkpointing() -> dict[str, Any]:
@@ -330,33 +277,3 @@ def _accuracy(prediction: Any) -> dict[str, float]:
 def _predictions(logits: Any, labels: torch.Tensor) -> torch.Tensor:
     """Class indices instead of logits, so that evaluation keeps one number a row."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model inside DistributedDataParallel and torch.compile."""
-    inner = extract_model_from_parallel(model)
-    return getattr(inner, "_orig_mod", inner)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def _example(dataloader: Any, device: torch.device, count: int) -> dict[str, Any] | None:
-    """The first rows of the training set as a batch, or None where it has no length."""
-    dataset: Any = getattr(dataloader, "dataset", None)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
-        return None
-    rows = [dataset[index] for index in range(min(count, len(dataset)))]
-    batch = dataloader.collate_fn(rows)
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }

@@ -11,8 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from heterolora.data.text import TokenizedData
-from heterolora.train.capture import CudaRecorder, Recorder
-from heterolora.train.graphs import StepGraphs
+from heterolora.train.cuda_graphs import CudaRecorder, Recorder, StepGraphs
 
 __all__ = [
     "GraphedTrainer",
@@ -88,7 +87,7 @@ class GraphedTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """As Trainer's: adds to the gradients and returns the detached loss."""
+        """Add to the gradients and return the detached loss, as Trainer does."""
         eager = super().training_step
         if self._graphs is None and self._why_eager is None:
             self._begin(model)
@@ -112,7 +111,7 @@ class GraphedTrainer(Trainer):
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As Trainer's, which walks all modules for it in every step; here once for each size."""
+        """Trainer's estimate, which walks all modules in every step; here once for each size."""
         name = getattr(self.model, "main_input_name", "input_ids")
         size = inputs[name].numel() if name in inputs else 0
         if size not in self._flops:
@@ -155,7 +154,7 @@ class WatchedTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """As Trainer's."""
+        """Run the step as Trainer does, and show its batch and loss to the watchers."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         for watch in self._watchers:
             watch(inputs, loss)
@@ -163,7 +162,7 @@ class WatchedTrainer(Trainer):
 
 
 class WatchedGraphedTrainer(WatchedTrainer, GraphedTrainer):
-    """Both."""
+    """A trainer whose steps are replayed as CUDA graphs, and whose losses are shown to watchers."""
 
 
 def graph_reason(args: TrainingArguments) -> str | None:

@@ -6,17 +6,16 @@ from typing import NamedTuple
 import torch
 
 from heterolora.verify.checks import check_parity, check_repeats, guarded
-from heterolora.verify.groups import GROUPS, SEEDED
+from heterolora.verify.groups import GROUPS, LARGE, SEEDED
 from heterolora.verify.operations import OPERATIONS
-from heterolora.verify.shapes import LARGE
 
-__all__ = ["Case", "parity_cases", "repeat_cases"]
+__all__ = ["Verdict", "parity_cases", "repeat_cases"]
 
 # One of everything: mixed ranks, chunks of a rank above 128, a split sum, shortcuts, dropout.
 _FEW = ("ranks_1_to_4", "rank_160_beside_17", "split_k", "shortcuts", "dropout_large")
 
 
-class Case(NamedTuple):
+class Verdict(NamedTuple):
     """What became of one check.
 
     Attributes:
@@ -32,7 +31,7 @@ class Case(NamedTuple):
 
 def parity_cases(
     implementation: str, device: str, dtypes: Sequence[str], *, quick: bool = False
-) -> Iterator[Case]:
+) -> Iterator[Verdict]:
     """Every op against the specification.
 
     Args:
@@ -53,10 +52,10 @@ def parity_cases(
                 problem = guarded(
                     check_parity, group, dtype, implementation, operation=operation, device=device
                 )
-                yield Case(f"{operation} {name} {label}", problem)
+                yield Verdict(f"{operation} {name} {label}", problem)
 
 
-def repeat_cases(implementation: str, device: str, dtype: torch.dtype) -> Iterator[Case]:
+def repeat_cases(implementation: str, device: str, dtype: torch.dtype) -> Iterator[Verdict]:
     """Every op, three times over."""
     for operation in OPERATIONS:
         for name in _FEW:
@@ -68,4 +67,4 @@ def repeat_cases(implementation: str, device: str, dtype: torch.dtype) -> Iterat
                 operation=operation,
                 device=device,
             )
-            yield Case(f"{operation} {name} repeats", problem)
+            yield Verdict(f"{operation} {name} repeats", problem)

@@ -196,7 +196,7 @@ def check_parity(
 def compare(
     group: Group, values: list[Tensor], grads: list[Tensor], implementation: str
 ) -> str | None:
-    """As `check_parity`, of results of one draw as `outputs_and_gradients` gave them."""
+    """Judge results of one draw, as `outputs_and_gradients` gave them, by `check_parity`'s rule."""
     op = OPERATIONS["group_linear"]
     return _judge(op, group, [_squares(op, group, values, grads)], implementation)
 
@@ -293,7 +293,7 @@ def converted(group: Group, dtype: torch.dtype) -> Group:
 
 
 def _mean_square(tensor: Tensor) -> float:
-    """0 of an empty tensor; inf if any element is not finite."""
+    """The mean square of the elements: 0 if there is none, inf if any is not finite."""
     found = tensor.square().mean().item() if tensor.numel() else 0.0
     return found if math.isfinite(found) else float("inf")
 

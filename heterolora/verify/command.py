@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from heterolora.cli.options import add_json, write_json
+from heterolora.console import add_json, write_json
 from heterolora.errors import HeteroLoraError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from heterolora.verify.rungs import Request, Rung
 
-__all__ = ["SCHEMA_VERSION", "add_arguments", "run"]
+__all__ = ["EPILOG", "SCHEMA_VERSION", "add_arguments", "run"]
 
 EPILOG = """\
 examples:
@@ -35,7 +35,6 @@ SCHEMA_VERSION = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
     parser.add_argument(
         "--rung",
         action="append",
@@ -106,7 +105,7 @@ def _new(rung: "Rung") -> dict[str, Any]:
 
 
 def _run_rung(rung: "Rung", request: "Request", result: dict[str, Any], console: "Console") -> None:
-    """Fill in the result, case by case."""
+    """Fill in the result, check by check."""
     reason = rung.missing(request)
     if reason is not None:
         result.update(status="not run", reason=reason)
@@ -114,20 +113,20 @@ def _run_rung(rung: "Rung", request: "Request", result: dict[str, Any], console:
     start = time.perf_counter()
     with _progress(rung) as status:
         # Closed at once if interrupted, which ends a child process.
-        cases = rung.run(request)
+        verdicts = rung.run(request)
         try:
-            for case in cases:
-                if case.skipped is not None:
-                    result["skipped"][case.name] = case.skipped
+            for verdict in verdicts:
+                if verdict.skipped is not None:
+                    result["skipped"][verdict.name] = verdict.skipped
                     continue
                 result["checks"] += 1
-                if case.problem is not None:
+                if verdict.problem is not None:
                     result["status"] = "failed"
-                    result["failures"][case.name] = case.problem
-                    _line(console, f"FAILED rung {rung.number}, {case.name}: {case.problem}")
-                status(f"rung {rung.number}: {result['checks']} checks, {case.name}")
+                    result["failures"][verdict.name] = verdict.problem
+                    _line(console, f"FAILED rung {rung.number}, {verdict.name}: {verdict.problem}")
+                status(f"rung {rung.number}: {result['checks']} checks, {verdict.name}")
         finally:
-            close = getattr(cases, "close", None)
+            close = getattr(verdicts, "close", None)
             if close is not None:
                 close()
             result["seconds"] = time.perf_counter() - start
@@ -138,7 +137,7 @@ def _run_rung(rung: "Rung", request: "Request", result: dict[str, Any], console:
 
 @contextmanager
 def _progress(rung: "Rung") -> Iterator[Any]:
-    """What shows the last case while a rung runs: a line on a terminal, nothing elsewhere."""
+    """What shows the last check while a rung runs: a line on a terminal, nothing elsewhere."""
     from rich.console import Console
     from rich.markup import escape
 

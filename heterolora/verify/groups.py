@@ -1,6 +1,12 @@
-"""Small groups that together hold every combination of branches the op has to get right."""
+"""The groups that the rungs try: small ones, which together hold every combination of branches
+that an op has to get right, and large ones, with every rank and the sizes around a kernel's tile.
+
+`GROUPS` and `SEEDED` are small, `LARGE` is as large as a tile; each entry builds its operands from
+a `Draw`.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +14,19 @@ from torch import Tensor
 
 from heterolora.kernels import Branch, Site
 
-__all__ = ["GROUPS", "SEEDED", "Draw", "Group", "dropout_seed", "leaves", "named_leaves"]
+__all__ = [
+    "GROUPS",
+    "LARGE",
+    "RANKS",
+    "SEEDED",
+    "Draw",
+    "Group",
+    "Sizes",
+    "build",
+    "dropout_seed",
+    "leaves",
+    "named_leaves",
+]
 
 Group = tuple[Tensor, list[Site], list[Branch]]
 
@@ -198,9 +216,103 @@ GROUPS: dict[str, Callable[[Draw], Group]] = {
 }
 
 
-# Those that draw their dropout masks from a seed, and so have to be called with one.
+# These draw their dropout masks from a seed, and so have to be called with one.
 SEEDED: dict[str, Callable[[Draw], Group]] = {
     build.__name__: build for build in (seeded_dropout, seeded_shortcut)
+}
+
+
+RANKS = (1, 2, 3, 4, 7, 8, 12, 16, 17, 24, 32, 48, 64, 96, 128, 160)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a group.
+
+    Attributes:
+        m, k: rows and columns of x.
+        n: outputs of each site; every other site has no bias.
+        lora: (site, rank) of each branch that reads x.
+        shortcuts: (site, rank, source) of each branch that reads an earlier activation.
+        widths: columns of each such activation.
+        dropout: probability on every branch.
+    """
+
+    m: int
+    k: int
+    n: tuple[int, ...]
+    lora: tuple[tuple[int, int], ...]
+    shortcuts: tuple[tuple[int, int, int], ...] = ()
+    widths: tuple[int, ...] = ()
+    dropout: float = 0.0
+
+
+def build(draw: Draw, sizes: Sizes) -> Group:
+    """Random operands of a sizes."""
+    sources = [draw.tensor(sizes.m, width) for width in sizes.widths]
+    branches = [
+        draw.branch(site, rank, sizes.k, sizes.n[site], scale=0.5, dropout=sizes.dropout)
+        for site, rank in sizes.lora
+    ]
+    branches += [
+        draw.branch(
+            site,
+            rank,
+            sizes.widths[index],
+            sizes.n[site],
+            scale=-2.0,
+            source=sources[index],
+            dropout=sizes.dropout,
+        )
+        for site, rank, index in sizes.shortcuts
+    ]
+    sites = [draw.site(n, sizes.k, bias=i % 2 == 0) for i, n in enumerate(sizes.n)]
+    return draw.tensor(sizes.m, sizes.k), sites, branches
+
+
+def shared_factors(draw: Draw) -> Group:
+    """One pair of factors on two sources, as in ResLoRA: its gradients add up."""
+    u = draw.tensor(5, 7)
+    first = draw.branch(0, 3, 7, 4)
+    second = Branch(0, first.a, first.b, 0.5, source=u)
+    return draw.tensor(5, 7), [draw.site(4, 7)], [first, second]
+
+
+def _sized(sizes: Sizes) -> Callable[[Draw], Group]:
+    return lambda draw: build(draw, sizes)
+
+
+# Each rank of RANKS, each size at, before and after a tile of 32, primes, and 1. Some have dropout,
+# so all are called with a seed.
+LARGE: dict[str, Callable[[Draw], Group]] = {
+    "shared_factors": shared_factors,
+    **{
+        name: _sized(sizes)
+        for name, sizes in {
+            "ranks_1_to_4": Sizes(33, 37, (31, 33, 1, 17), ((0, 1), (1, 2), (2, 3), (3, 4))),
+            "ranks_7_to_16": Sizes(1, 97, (32, 65, 13), ((0, 7), (1, 8), (2, 12), (1, 16))),
+            "ranks_17_to_32": Sizes(31, 64, (64, 32), ((0, 17), (1, 24), (0, 32))),
+            "ranks_48_64": Sizes(37, 33, (61, 32), ((1, 48), (0, 64), (1, 1))),
+            "rank_96_beside_1": Sizes(61, 31, (33, 5), ((0, 96), (1, 1))),
+            "rank_128_beside_0": Sizes(32, 32, (32, 40), ((0, 128), (1, 0))),
+            "rank_160_beside_17": Sizes(29, 63, (47, 31), ((0, 160), (1, 17))),
+            "one_of_everything": Sizes(1, 1, (1,), ((0, 1),)),
+            "rank_above_sizes": Sizes(3, 5, (2, 7), ((0, 24), (1, 64))),
+            "many_rows": Sizes(131, 17, (19,), ((0, 12),)),
+            "split_k": Sizes(5, 389, (33,), ((0, 8), (0, 3))),
+            "split_k_wide_n": Sizes(2, 300, (257,), ((0, 16),)),
+            "all_ranks": Sizes(7, 11, (13,), tuple((0, rank) for rank in (1, 3, 7, 12, 17, 24))),
+            "shortcuts": Sizes(
+                33, 40, (31, 48), ((0, 4), (1, 17)), ((1, 8, 0), (0, 2, 1), (1, 3, 1)), (23, 65)
+            ),
+            "shortcuts_only": Sizes(17, 35, (33, 16), (), ((1, 8, 0), (0, 32, 0)), (67,)),
+            "dropout_large": Sizes(
+                33, 41, (31, 17), ((0, 4), (1, 17), (0, 2)), ((1, 12, 0),), (53,), dropout=0.25
+            ),
+            "dropout_chunks": Sizes(9, 32, (24,), ((0, 160), (0, 7)), dropout=0.5),
+            "dropout_split_k": Sizes(3, 391, (5,), ((0, 8),), dropout=0.1),
+        }.items()
+    },
 }
 
 

@@ -9,16 +9,16 @@ import torch
 
 import heterolora
 from heterolora.kernels.dispatch.paths import triton_reason
-from heterolora.verify.cases import Case, parity_cases, repeat_cases
+from heterolora.verify.cases import Verdict, parity_cases, repeat_cases
 from heterolora.verify.checks import (
     check_added_derivative,
     check_derivative,
     check_score_meaning,
     guarded,
 )
+from heterolora.verify.child import child
+from heterolora.verify.fused_models import MODELS, check_model
 from heterolora.verify.groups import GROUPS, SEEDED
-from heterolora.verify.models import MODELS, check_model
-from heterolora.verify.streams import child
 
 __all__ = ["RUNGS", "Request", "Rung"]
 
@@ -46,13 +46,13 @@ class Rung:
     Attributes:
         number: its place; a rung means little if one below it fails.
         title: what it proves.
-        run: yields each case as it is decided.
+        run: yields each check's verdict as it is decided.
         missing: why none of it can run here, or None.
     """
 
     number: int
     title: str
-    run: Callable[[Request], Iterator[Case]]
+    run: Callable[[Request], Iterator[Verdict]]
     missing: Callable[[Request], str | None]
 
 
@@ -60,7 +60,7 @@ def _nothing(request: Request) -> str | None:
     return None
 
 
-def _spec(request: Request) -> Iterator[Case]:
+def _spec(request: Request) -> Iterator[Verdict]:
     checks = {
         "group_linear": check_derivative,
         "low_rank_add": check_added_derivative,
@@ -70,13 +70,13 @@ def _spec(request: Request) -> Iterator[Case]:
         for name, group in {**GROUPS, **SEEDED}.items():
             # gradcheck moves single elements of an input, which an expanded input does not have.
             if name != "expanded_input":
-                yield Case(f"{operation} {name}", guarded(check, group))
+                yield Verdict(f"{operation} {name}", guarded(check, group))
 
 
-def _aten(request: Request) -> Iterator[Case]:
+def _aten(request: Request) -> Iterator[Verdict]:
     yield from parity_cases("aten", "cpu", ("float32", "bfloat16", "float16"))
     for name in MODELS:
-        yield Case(f"fused PEFT model {name}", guarded(check_model, name))
+        yield Verdict(f"fused PEFT model {name}", guarded(check_model, name))
 
 
 def _no_triton(request: Request) -> str | None:
@@ -85,7 +85,7 @@ def _no_triton(request: Request) -> str | None:
     return None
 
 
-def _interpreted(request: Request) -> Iterator[Case]:
+def _interpreted(request: Request) -> Iterator[Verdict]:
     quick = ("--quick",) if request.quick else ()
     yield from child("interpreted", *quick, environment=_INTERPRETER)
     missing = _no_suite("interp", "hypothesis")
@@ -95,11 +95,11 @@ def _interpreted(request: Request) -> Iterator[Case]:
         yield from child("suite", suite, *marker, environment=_INTERPRETER)
     else:
         why = f"Triton's interpreter gets it wrong, the repair is in the test tree, and {missing}"
-        yield Case("bfloat16", skipped=why)
-        yield Case("guard buffers, random groups", skipped=missing)
+        yield Verdict("bfloat16", skipped=why)
+        yield Verdict("guard buffers, random groups", skipped=missing)
 
 
-def _compiled(request: Request) -> Iterator[Case]:
+def _compiled(request: Request) -> Iterator[Verdict]:
     quick = ("--quick",) if request.quick else ()
     # A child, because compiling for another GPU replaces the driver that Triton uses.
     yield from child("compiled", *quick, *request.archs, environment=("-u", "TRITON_INTERPRET"))
@@ -111,7 +111,7 @@ def _no_gpu(request: Request) -> str | None:
     return triton_reason(torch.empty(0, device="cuda"))
 
 
-def _gpu(request: Request) -> Iterator[Case]:
+def _gpu(request: Request) -> Iterator[Verdict]:
     yield from parity_cases("triton", "cuda", ("float32", "bfloat16", "float16"))
     yield from repeat_cases("triton", "cuda", torch.bfloat16)
     missing = _no_suite("gpu")
@@ -120,7 +120,7 @@ def _gpu(request: Request) -> Iterator[Case]:
     if missing is None:
         yield from child("suite", str(_TESTS / "gpu"))
     else:
-        yield Case("sanitizer, graphs, streams, large tensors", skipped=missing)
+        yield Verdict("sanitizer, graphs, streams, large tensors", skipped=missing)
 
 
 def _no_suite(folder: str, *modules: str) -> str | None:

@@ -27,17 +27,6 @@ def _filled(words: str, files: dict[str, str], out: Path) -> list[str]:
     return [word.format(out=out, **files) for word in words.split()]
 
 
-def test_search_within_a_fraction_of_the_step(
-    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = SEARCH + " --step-time 0.9 --measure-steps --json -"
-    assert cli.main(_filled(words, files, tmp_path)) == 0
-    captured = capsys.readouterr()
-    found = json.loads(captured.out)
-    assert 0 < found["step_time"] <= 0.9 and found["step_time_error"] > 0
-    assert "of uniform's, by measured steps, error" in captured.err
-
-
 def test_shortcuts_are_searched_trained_and_resumed(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,9 +10,9 @@ from datasets import Dataset
 from tiny import reviews, save_model, save_reviews
 
 from heterolora.data.columns import find_columns
+from heterolora.data.models import load_model
 from heterolora.data.text import batches, load_text_data, tokenize
 from heterolora.errors import DataError
-from heterolora.train.models import load_model
 
 
 @pytest.fixture(scope="module")

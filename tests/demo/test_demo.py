@@ -69,7 +69,7 @@ def test_quick_demo(tmp_path):
         "searched",
         "uniform",
     ]
-    from heterolora.train.models import load_model
+    from heterolora.data.models import load_model
 
     base, _ = load_model("minilm", task="classification", num_labels=2)
     loaded = PeftModel.from_pretrained(base, tmp_path / "searched")

@@ -8,9 +8,8 @@ Prints the name of each kernel that ran.
 import torch
 import triton
 
-from heterolora.verify.groups import SEEDED, Draw
+from heterolora.verify.groups import LARGE, SEEDED, Draw
 from heterolora.verify.operations import OPERATIONS
-from heterolora.verify.shapes import LARGE
 
 CASES = {
     "group_linear": ("ranks_17_to_32", "shortcuts", "split_k", "dropout_split_k"),

@@ -14,8 +14,7 @@ import torch
 import transformers
 
 import heterolora
-from heterolora.train.capture import WARM_UP, CudaRecorder
-from heterolora.train.graphs import StepGraphs
+from heterolora.train.cuda_graphs import WARM_UP, CudaRecorder, StepGraphs
 
 DEVICE = torch.device("cuda", 0)
 
@@ -168,9 +167,9 @@ def files(tmp_path: Any) -> dict[str, Any]:
 
 
 def _ready(files: dict[str, Any]) -> tuple[Any, Any]:
+    from heterolora.data.models import load_model
     from heterolora.data.text import load_text_data, tokenize
     from heterolora.search import adapt, uniform
-    from heterolora.train.models import load_model
 
     data = load_text_data(files["data"], task="classification", text="text")
     model, tokenizer = load_model(files["bert"], task="classification", num_labels=2)
@@ -183,7 +182,7 @@ def _ready(files: dict[str, Any]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_graphed_trainer_is_a_trainer(files: dict[str, Any], accumulation: int) -> None:
-    from heterolora.train.run import FuseCallback
+    from heterolora.train.callbacks import FuseCallback
     from heterolora.train.trainers import GraphedTrainer, constant_length
 
     logs, weights, trainers = [], [], []

@@ -5,8 +5,7 @@ import torch
 
 from heterolora.kernels import group_linear
 from heterolora.verify.checks import check_parity, check_repeats
-from heterolora.verify.groups import GROUPS, SEEDED, Draw, dropout_seed, leaves
-from heterolora.verify.shapes import LARGE, Shape, build
+from heterolora.verify.groups import GROUPS, LARGE, SEEDED, Draw, Sizes, build, dropout_seed, leaves
 
 ALL = {**GROUPS, **SEEDED, **LARGE}
 LOW = (torch.bfloat16, torch.float16)
@@ -14,11 +13,11 @@ FEW = ("ranks_1_to_4", "rank_160_beside_17", "split_k", "shortcuts", "dropout_la
 
 # Sizes of a transformer layer: aligned, so that the fast paths run, and one row off.
 REAL = {
-    "attention": Shape(512, 1024, (1024, 256, 256), ((0, 8), (1, 64), (2, 16))),
-    "odd attention": Shape(511, 1023, (1021, 255, 257), ((0, 7), (1, 33), (2, 100))),
-    "mlp with shortcut": Shape(384, 768, (2048, 2048), ((0, 16), (1, 4)), ((1, 8, 0),), (768,)),
-    "one token": Shape(1, 2048, (2048, 512, 512), ((0, 16), (1, 16), (2, 16))),
-    "down with dropout": Shape(640, 2048, (768,), ((0, 32),), dropout=0.1),
+    "attention": Sizes(512, 1024, (1024, 256, 256), ((0, 8), (1, 64), (2, 16))),
+    "odd attention": Sizes(511, 1023, (1021, 255, 257), ((0, 7), (1, 33), (2, 100))),
+    "mlp with shortcut": Sizes(384, 768, (2048, 2048), ((0, 16), (1, 4)), ((1, 8, 0),), (768,)),
+    "one token": Sizes(1, 2048, (2048, 512, 512), ((0, 16), (1, 16), (2, 16))),
+    "down with dropout": Sizes(640, 2048, (768,), ((0, 32),), dropout=0.1),
 }
 
 

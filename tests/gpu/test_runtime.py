@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from heterolora.kernels import Branch, Site, group_linear
-from heterolora.verify.groups import GROUPS, SEEDED, Draw, dropout_seed, leaves
+from heterolora.verify.groups import GROUPS, LARGE, SEEDED, Draw, Sizes, build, dropout_seed, leaves
 from heterolora.verify.operations import outputs_and_gradients
-from heterolora.verify.shapes import LARGE, Shape, build
 
 ALL = {**GROUPS, **SEEDED, **LARGE}
 
@@ -90,7 +89,7 @@ def _hashable(value):
 
 
 def test_a_new_scale_compiles_nothing():
-    shape = Shape(64, 64, (64, 64), ((0, 8), (1, 16)), dropout=0.5)
+    shape = Sizes(64, 64, (64, 64), ((0, 8), (1, 16)), dropout=0.5)
     x, sites, branches = build(Draw(torch.bfloat16, device="cuda"), shape)
 
     def step(scale, seed):

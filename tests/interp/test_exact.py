@@ -11,9 +11,8 @@ from heterolora.kernels import Branch, Site, group_linear
 from heterolora.kernels.gpu import passes as fused
 from heterolora.kernels.gpu.launch import launch_for
 from heterolora.verify.checks import check_repeats, converted
-from heterolora.verify.groups import GROUPS, SEEDED, Draw, dropout_seed, leaves
+from heterolora.verify.groups import GROUPS, LARGE, SEEDED, Draw, dropout_seed, leaves
 from heterolora.verify.operations import outputs_and_gradients
-from heterolora.verify.shapes import LARGE
 
 ALL = {**GROUPS, **SEEDED, **LARGE}
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from guards import Guarded, check_guarded
 
-from heterolora.verify.groups import GROUPS, SEEDED
-from heterolora.verify.shapes import LARGE
+from heterolora.verify.groups import GROUPS, LARGE, SEEDED
 
 ALL = {**GROUPS, **SEEDED, **LARGE}
 QUICK = {"mixed_siblings", "seeded_shortcut", "rank_160_beside_17", "split_k"}

@@ -5,7 +5,7 @@ import torch
 
 from heterolora.kernels.buckets import bucket_layout
 from heterolora.kernels.gpu import passes as fused
-from heterolora.train.capture import NoHostReads
+from heterolora.train.cuda_graphs import NoHostReads
 
 RANKS = (3, 0, 33)
 NS = (64, 40, 16)

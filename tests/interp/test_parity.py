@@ -10,9 +10,8 @@ import torch
 from heterolora.kernels.gpu import passes as fused
 from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile
 from heterolora.verify.checks import check_parity, compare
-from heterolora.verify.groups import GROUPS, SEEDED, Draw
+from heterolora.verify.groups import GROUPS, LARGE, RANKS, SEEDED, Draw, Sizes, build
 from heterolora.verify.operations import outputs_and_gradients
-from heterolora.verify.shapes import LARGE, RANKS, Shape, build
 
 ALL = {**GROUPS, **SEEDED, **LARGE}
 QUICK = {"mixed_siblings", "two_sources", "seeded_shortcut", "ranks_48_64", "shortcuts"}
@@ -64,14 +63,14 @@ def test_factors_of_several_dtypes(launches):
 @pytest.mark.parametrize("rank", RANKS)
 def test_every_rank_in_sizes_of_one_tile_and_one(rank):
     """m, k and n of 33: a whole tile and an edge of one, whatever the rank."""
-    shape = Shape(33, 33, (33,), ((0, rank),))
+    shape = Sizes(33, 33, (33,), ((0, rank),))
     assert check_parity(lambda draw: build(draw, shape), torch.bfloat16, "triton") is None
 
 
 @pytest.mark.parametrize("m", [1, 31, 32, 33])
 @pytest.mark.parametrize(("k", "n"), [(1, 31), (31, 1), (32, 33), (64, 63), (65, 64)])
 def test_around_the_edge_of_a_tile(m, k, n):
-    shape = Shape(m, k, (n, 3), ((0, 5), (1, 16)))
+    shape = Sizes(m, k, (n, 3), ((0, 5), (1, 16)))
     assert check_parity(lambda draw: build(draw, shape), torch.float32, "triton") is None
 
 

@@ -6,7 +6,7 @@ from guards import check_guarded
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from heterolora.verify.shapes import RANKS, Shape, build
+from heterolora.verify.groups import RANKS, Sizes, build
 
 SIZES = st.sampled_from((1, 2, 5, 13, 16, 17, 31, 32, 33, 47, 64, 67))
 RANK = st.sampled_from((0, *RANKS))
@@ -23,7 +23,7 @@ def shapes(draw):
     if widths:
         source = st.integers(0, len(widths) - 1)
         shortcuts = draw(st.lists(st.tuples(site, RANK, source), max_size=3))
-    return Shape(
+    return Sizes(
         m=draw(SIZES),
         k=draw(SIZES),
         n=n,

@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from heterolora.errors import HeteroLoraError
+from heterolora.report import page
 from heterolora.report.figures import curves_figure, rank_map_figure, scores_figure
-from heterolora.report.page import write_html
+from heterolora.report.page import check_installed, write_html
 
 _KINDS = (
     "attention.self.query",
@@ -249,6 +251,15 @@ def test_missing_section_is_named(tmp_path):
     with pytest.raises(KeyError, match="comparison"):
         write_html(incomplete, tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_a_missing_package_is_named_before_any_work(package, monkeypatch):
+    check_installed()
+    real = page.find_spec
+    monkeypatch.setattr(page, "find_spec", lambda name: None if name == package else real(name))
+    with pytest.raises(HeteroLoraError, match=f"with {package}, .*: pip install {package}"):
+        check_installed()
 
 
 def cells(figure) -> dict[tuple[str, str], str]:

@@ -17,7 +17,7 @@ from heterolora import Budget, DynamicSearchCallback
 from heterolora.errors import ScoreError
 from heterolora.search.dynamic.samples import agreed_scores
 from heterolora.search.scores.proxies import PROXIES
-from heterolora.train.run import FuseCallback
+from heterolora.train.callbacks import FuseCallback
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

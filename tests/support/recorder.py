@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heterolora.train.capture import Recording, host_read
+from heterolora.train.cuda_graphs import Recording, host_read
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -73,7 +73,7 @@ class _Tape(TorchDispatchMode):
 
 
 class CpuRecorder:
-    """A `heterolora.train.capture.Recorder`; counts what it is asked for."""
+    """A `heterolora.train.cuda_graphs.Recorder`; counts what it is asked for."""
 
     def __init__(self) -> None:
         self.warm_ups = 0

@@ -11,7 +11,7 @@ import heterolora
 from heterolora import Budget
 from heterolora.search import adapt, uniform
 from heterolora.search.space import SearchSpace
-from heterolora.train.run import FuseCallback
+from heterolora.train.callbacks import FuseCallback
 
 R = 4
 ROWS = 40

@@ -13,13 +13,13 @@ from tiny import save_model, save_reviews
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import heterolora
+from heterolora.data.models import load_model
 from heterolora.data.text import TokenizedData, load_text_data, tokenize
 from heterolora.errors import TrainingError
 from heterolora.search import adapt, uniform
-from heterolora.train.callbacks import LossCheck, StepTimer
-from heterolora.train.capture import WARM_UP
-from heterolora.train.models import load_model
-from heterolora.train.run import FuseCallback, train
+from heterolora.train.callbacks import FuseCallback, LossCheck, StepTimer
+from heterolora.train.cuda_graphs import WARM_UP
+from heterolora.train.run import train
 from heterolora.train.trainers import (
     GraphedTrainer,
     WatchedGraphedTrainer,

@@ -15,11 +15,13 @@ from tiny import save_model, save_reviews
 from transformers import TrainerCallback, TrainingArguments
 
 import heterolora
+from heterolora.data.models import load_model
 from heterolora.data.text import TokenizedData, load_text_data, tokenize
 from heterolora.errors import FuseError, TrainingError
 from heterolora.search import adapt, uniform
-from heterolora.train.models import load_model
-from heterolora.train.run import FuseCallback, TrainingInterrupted, newest_checkpoint, train
+from heterolora.train.callbacks import FuseCallback
+from heterolora.train.checkpoints import newest_checkpoint
+from heterolora.train.run import TrainingInterrupted, train
 
 ROWS = 64
 BATCH = 8

@@ -13,9 +13,9 @@ from heterolora.errors import HeteroLoraError
 from heterolora.kernels import spec
 from heterolora.kernels.aten import linear as aten
 from heterolora.verify import add_arguments, run
-from heterolora.verify.cases import Case
+from heterolora.verify.cases import Verdict
+from heterolora.verify.child import child
 from heterolora.verify.rungs import RUNGS, Rung
-from heterolora.verify.streams import child
 
 SCHEMA = json.loads(
     (Path(heterolora.verify.__file__).parent / "schema.json").read_text(encoding="utf-8")
@@ -54,9 +54,13 @@ def test_rung_5_says_why_it_does_not_run(capsys):
 
 
 def test_failures_and_skips_are_reported(monkeypatch, capsys, tmp_path):
-    cases = [Case("good"), Case("bad", "off by one"), Case("other", skipped="no such tool")]
+    cases = [
+        Verdict("good"),
+        Verdict("bad", "off by one"),
+        Verdict("other", skipped="no such tool"),
+    ]
     _replace(monkeypatch, 3, cases)
-    _replace(monkeypatch, 4, [Case("one", skipped="nothing to do")])
+    _replace(monkeypatch, 4, [Verdict("one", skipped="nothing to do")])
     target = tmp_path / "verify.json"
     assert _run("--rung", "3", "--rung", "4", "--json", str(target)) == 1
     content = json.loads(target.read_text())
@@ -76,7 +80,7 @@ def test_interruption_closes_the_cases_and_writes_no_json(monkeypatch, capsys, t
 
     def cases(request):
         try:
-            yield Case("first")
+            yield Verdict("first")
             raise KeyboardInterrupt
         finally:
             closed.append(True)
@@ -253,7 +257,7 @@ def _validate(value, schema, where="$"):
     [{"schema_version": 1}, {"passed": "yes"}, {"archs": ["h100"]}, {"extra": 1}, {"device": 3}],
 )
 def test_the_validator_refuses(change, monkeypatch, capsys):
-    _replace(monkeypatch, 3, [Case("good")])
+    _replace(monkeypatch, 3, [Verdict("good")])
     assert _run("--rung", "3", "--json", "-") == 0
     content = json.loads(capsys.readouterr().out)
     _validate(content, SCHEMA)

@@ -17,9 +17,9 @@ from heterolora.bench.evidence.arms.candidates import all_linear, encoder_shuffl
 from heterolora.bench.evidence.arms.dynamic import ON_OFF, dynamic
 from heterolora.bench.evidence.arms.oracle import oracle
 from heterolora.bench.evidence.arms.setting import Adapted, Setting, onto, searched
+from heterolora.data.models import disable_dropout
 from heterolora.search import Budget, Variant, uniform
 from heterolora.shortcuts.model import KINDS, shortcut_candidates
-from heterolora.train.models import disable_dropout
 
 __all__ = ["ARMS", "Arm", "allocated", "families"]
 

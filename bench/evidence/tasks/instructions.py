@@ -47,9 +47,9 @@ class Instructions(Task):
         """(causal language model, tokenizer); all of it comes from the folder.
 
         Raises:
-            ModelError: as `heterolora.train.models.load_model`.
+            ModelError: as `heterolora.data.models.load_model`.
         """
-        from heterolora.train.models import load_model
+        from heterolora.data.models import load_model
 
         made, tokenizer = load_model(model, task="causal-lm", seed=seed)
         # Keys and values of earlier tokens, which only generation uses.

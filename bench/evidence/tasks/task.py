@@ -96,9 +96,9 @@ class Task:
         """(model with a head drawn by `seed`, tokenizer).
 
         Raises:
-            ModelError: as `heterolora.train.models.load_model`.
+            ModelError: as `heterolora.data.models.load_model`.
         """
-        from heterolora.train.models import load_model
+        from heterolora.data.models import load_model
 
         if self.labels:
             return load_model(

@@ -8,7 +8,7 @@ from heterolora.bench.cases import groups, peers
 from heterolora.bench.cases import registry as cases
 from heterolora.bench.cases.graphed import GraphedStep
 from heterolora.bench.harness import steps
-from heterolora.train.capture import WARM_UP
+from heterolora.train.cuda_graphs import WARM_UP
 
 CPU = torch.device("cpu")
 TINY = "tiny-4x16-fp32-mixed"

@@ -172,7 +172,9 @@ def test_rounds_alternate_and_share_their_seed(plan, monkeypatch):
 
 
 def test_gate_is_red_when_nothing_was_fused(plan, monkeypatch):
-    monkeypatch.setattr("heterolora.train.run.fuse", lambda model, **_: heterolora.FuseReport())
+    monkeypatch.setattr(
+        "heterolora.train.callbacks.fuse", lambda model, **_: heterolora.FuseReport()
+    )
     found = follow.losses_follow(plan, GREEN)
     assert not found.green
     assert found.reason.startswith("not fused: 0 of ") and found.reason.endswith("step of fused")

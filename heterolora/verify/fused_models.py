@@ -11,7 +11,7 @@ __all__ = ["MODELS", "check_model"]
 
 
 def check_model(name: str) -> str | None:
-    """Logits and adapter gradients in float32."""
+    """Compare logits and adapter gradients in float32; None if they agree."""
     import heterolora
 
     with torch.random.fork_rng(devices=[]):

@@ -10,9 +10,9 @@ import torch
 from helpers import batch_for, build
 from tiny import save_model
 
+from heterolora.data import models
+from heterolora.data.models import MINILM_INSTALL, disable_dropout, load_model
 from heterolora.errors import ModelError
-from heterolora.train import models
-from heterolora.train.models import MINILM_INSTALL, disable_dropout, load_model
 
 
 @pytest.fixture(scope="module")

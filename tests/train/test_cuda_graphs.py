@@ -12,8 +12,14 @@ from recorder import CpuRecorder
 from torch import Tensor, nn
 
 import heterolora
-from heterolora.train.capture import WARM_UP, NoHostReads, host_read
-from heterolora.train.graphs import LIMIT, StepGraph, StepGraphs
+from heterolora.train.cuda_graphs import (
+    LIMIT,
+    WARM_UP,
+    NoHostReads,
+    StepGraph,
+    StepGraphs,
+    host_read,
+)
 
 
 def _model() -> nn.Module:
