@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heterolora.kernels import Branch, Site, group_linear
-from heterolora.kernels.gpu import passes as fused
+from heterolora.kernels.gpu import passes
 from heterolora.kernels.gpu.launch import launch_for
 from heterolora.verify.checks import check_repeats, converted
 from heterolora.verify.groups import GROUPS, SEEDED, Draw, dropout_seed, leaves
@@ -43,7 +43,7 @@ def test_wide_addresses_change_nothing(name, monkeypatch):
         asked.append(x)
         return dataclasses.replace(launch_for(x), index64=True)
 
-    monkeypatch.setattr(fused, "launch_for", wide)
+    monkeypatch.setattr(passes, "launch_for", wide)
     values, _ = outputs_and_gradients(group, "triton", grads)
     assert len(asked) >= 2
     assert all(torch.equal(a, b) for a, b in zip(narrow, values, strict=True))
@@ -163,7 +163,7 @@ def test_launches_do_not_grow_with_branches(ranks, k, launches, monkeypatch):
         kernel[grid](*args, **options)
 
     few = dataclasses.replace(launch_for(torch.empty(0)), programs=64, start=start)
-    monkeypatch.setattr(fused, "launch_for", lambda x: few)
+    monkeypatch.setattr(passes, "launch_for", lambda x: few)
     x = torch.randn(8, k, requires_grad=True)
     sites = [Site(torch.randn(24, k)) for _ in ranks]
     branches = [

@@ -186,7 +186,7 @@ def test_ranks_are_padded_where_a_cpu_compiles_products_for_their_sizes(dtype, c
     x, weight = draw.tensor(5, 24), draw.tensor(40, 24, grad=False)
     first, none = [0] * len(ranks), [0.0] * len(ranks)
     _, s = torch.ops.heterolora.group_linear(
-        [x], [weight], [None], a, b, [1.0] * len(ranks), first, first, none, None, "aten"
+        [x], [weight], [None], a, b, None, [1.0] * len(ranks), first, first, none, "aten"
     )
     assert s.shape == (5, columns)
     assert (s != 0).any(dim=0).sum() == sum(ranks)
