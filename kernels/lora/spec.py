@@ -165,10 +165,10 @@ def group_score(
     Returns:
         One for each branch, in the caller's order.
     """
-    found = group_linear_backward(grads, x, sites, branches, seed)
+    gradients = group_linear_backward(grads, x, sites, branches, seed)
     scores = []
     for j, branch in enumerate(branches):
-        d_a, d_b = found.a[j], found.b[j]
+        d_a, d_b = gradients.a[j], gradients.b[j]
         if previous_a:
             d_a, d_b = d_a + previous_a[j], d_b + previous_b[j]
         abs_a, abs_b = (branch.a * d_a).abs().sum(), (branch.b * d_b).abs().sum()

@@ -54,7 +54,7 @@ def test_wide_addresses_change_nothing(name, monkeypatch):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["mixed_siblings", "seeded_shortcut", "split_k"])
 def test_a_bad_row_stays_in_its_row(name, poison):
-    """Of x and every source in the forward pass, of every dY in the backward pass."""
+    """A bad row of x or a source spoils that of the outputs alone; one of dY, that of dX."""
     clean = ALL[name](Draw(torch.float32))
     dirty = converted(clean, torch.float32)
     sources = {t for t in (dirty[0], *(b.source for b in dirty[2])) if t is not None}
@@ -107,7 +107,7 @@ def test_pruned_gradients_are_the_same(name):
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["mixed_siblings", "two_sources"])
 def test_an_output_that_nothing_depends_on(name):
-    """As if its dY were zero."""
+    """It counts as one whose dY is zero."""
     group = ALL[name](Draw(torch.float32))
     _, grads = outputs_and_gradients(group, "triton")
     for unused in range(len(grads)):

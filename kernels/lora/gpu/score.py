@@ -26,10 +26,10 @@ LARGEST_RANK = BUCKETS[-1]
 
 @triton.jit(do_not_specialize=["m"])
 def score_kernel(
-    lefts,  # per problem (a branch): the wide matrix, [m, size]: dY for dB, the source for dA
-    left_strides,
+    wides,  # per problem (a branch): the wide matrix, [m, size]: dY for dB, the source for dA
+    wide_strides,
     sizes,
-    low,  # the narrow matrix, [m, columns]: S for dB, dS for dA
+    narrow,  # the narrow matrix, [m, columns]: S for dB, dS for dA
     starts,  # the branch's columns of it
     widths,  # the rank, padded; the columns beyond the rank are zero
     ranks,  # times 16, see `tables.times16`
@@ -51,12 +51,12 @@ def score_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    WIDE: tl.constexpr = low.dtype.element_ty == tl.float64
+    WIDE: tl.constexpr = narrow.dtype.element_ty == tl.float64
     ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
     problem, block = find(sizes, tl.program_id(0), BLOCK_N)
     rank, size = pick(ranks, problem) // 16, pick(sizes, problem)
     width = pick(widths, problem)
-    left, stride = pick(lefts, problem), pick(left_strides, problem)
+    wide, stride = pick(wides, problem), pick(wide_strides, problem)
     column = offsets(block * BLOCK_N, BLOCK_N, INDEX64)  # [BLOCK_N]
     lane = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     inside = (lane[:, None] < rank) & (column[None, :] < size)
@@ -72,12 +72,12 @@ def score_kernel(
     for top in range(0, m, BLOCK_M):
         row = offsets(top, BLOCK_M, INDEX64)
         in_rows = row[:, None] < m
-        wide = left + row[:, None] * stride + column[None, :]
+        wide_rows = wide + row[:, None] * stride + column[None, :]
         # [BLOCK_M, BLOCK_N]
-        wide_tile = tl.load(wide, mask=in_rows & (column[None, :] < size), other=0.0)
-        narrow = low + row[:, None] * columns + pick(starts, problem) + lane[None, :]
+        wide_tile = tl.load(wide_rows, mask=in_rows & (column[None, :] < size), other=0.0)
+        narrow_rows = narrow + row[:, None] * columns + pick(starts, problem) + lane[None, :]
         # [BLOCK_M, BLOCK_R]
-        narrow_tile = tl.load(narrow, mask=in_rows & (lane[None, :] < width), other=0.0)
+        narrow_tile = tl.load(narrow_rows, mask=in_rows & (lane[None, :] < width), other=0.0)
         if DROPOUT:
             keep = keep_tile(key, branch, threshold, row, block * BLOCK_N, BLOCK_M, BLOCK_N)
             wide_tile = tl.where(keep, wide_tile, 0.0)
@@ -107,7 +107,7 @@ def score_kernel(
 def score(
     group: Pass,
     wides: Sequence[Tensor],
-    low: Tensor,
+    narrow: Tensor,
     previous: Sequence[Tensor],
     *,
     by_rank: bool,
@@ -116,7 +116,7 @@ def score(
 
     Args:
         wides: every source [m, k_i], for dA, or every dY [m, n_i], for dB; last stride 1.
-        low: dS for dA, S for dB, [m, columns].
+        narrow: dS for dA, S for dB, [m, columns].
         previous: for each branch an earlier gradient to add, in the dtype of the result; or empty.
         by_rank: whether it is dA.
 
@@ -127,27 +127,27 @@ def score(
     call, layout, launch = group.call, group.layout, group.launch
     branches = [j for j, rank in enumerate(call.ranks) if rank]
     of_branch = call.branch_source if by_rank else call.branch_site
-    lefts = [wides[of_branch[j]] for j in branches]
+    wides = [wides[of_branch[j]] for j in branches]
     factors = one_dtype([(call.a if by_rank else call.b)[j].contiguous() for j in branches])
     earlier = [previous[j].contiguous() for j in branches] if previous else []
     scales = [1.0 if by_rank else float(call.scales[j]) for j in branches]
     dropout = [call.dropout[j] if by_rank else 0.0 for j in branches]
-    m = low.shape[0]
+    m = narrow.shape[0]
     ranks = [factor.shape[0 if by_rank else 1] for factor in factors]
     block_r = block_for(max(ranks))
-    tile = launch.tile("score", block_r, odd=odd(*lefts), dropout=any(dropout))
-    sizes = [left.shape[1] for left in lefts]
+    tile = launch.tile("score", block_r, odd=odd(*wides), dropout=any(dropout))
+    sizes = [wide.shape[1] for wide in wides]
     blocks = [ceil_div(size, tile.n) for size in sizes]
-    dtype = accumulator(low.dtype)
+    dtype = accumulator(narrow.dtype)
     part_size = block_r * block_r + 16
-    parts = low.new_empty(sum(blocks) * part_size, dtype=dtype)
+    parts = narrow.new_empty(sum(blocks) * part_size, dtype=dtype)
     launch.start(
         score_kernel,
         (sum(blocks),),
-        tuple(lefts),
-        tuple(left.stride(0) for left in lefts),
+        tuple(wides),
+        tuple(wide.stride(0) for wide in wides),
         tuple(sizes),
-        low,
+        narrow,
         tuple(layout.branch[j].start for j in branches),
         tuple(layout.branch[j].width for j in branches),
         times16(ranks),
@@ -171,8 +171,8 @@ def score(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    grams = [low.new_empty(rank, rank, dtype=dtype) for rank in ranks]
-    totals = [low.new_empty((), dtype=dtype) for _ in ranks]
+    grams = [narrow.new_empty(rank, rank, dtype=dtype) for rank in ranks]
+    totals = [narrow.new_empty((), dtype=dtype) for _ in ranks]
     todo = []
     for p, count in enumerate(blocks):
         gram = parts[sum(blocks[:p]) * part_size :]

@@ -42,7 +42,7 @@ def group_linear_scored(
     seed: Tensor | None = None,
     implementation: str = "auto",
 ) -> list[Tensor]:
-    """As :func:`group_linear`, but A and B get statistics of their gradients, and no gradients.
+    """Apply a group like :func:`group_linear`; A and B get statistics instead of their gradients.
 
     The backward pass of the outputs gives x, the sources and the biases their usual gradients and
     calls `record` once; `spec.group_score` is the meaning of what it passes. Nothing is recorded
@@ -76,14 +76,21 @@ def group_linear_scored(
     if not torch.is_grad_enabled():
         outputs, _ = torch.ops.heterolora.group_linear(*call)
         return outputs
-    sums = _sums(previous, branches, call.sources[0].dtype)
-    b = [branch.b for branch in branches]
-    task = _Task(record, select, _is_zero(b, call.implementation), *sums)
+    b_is_zero = _is_zero([branch.b for branch in branches], call.implementation)
+    task = _Task(record, select, b_is_zero, *_sums(previous, branches, call.sources[0].dtype))
     *outputs, _ = _ScoredFunction.apply(task, *flatten(call))
     return outputs
 
 
 class _Task(NamedTuple):
+    """What the backward pass of a scored call is to do.
+
+    Attributes:
+        record, select: of `group_linear_scored`.
+        b_is_zero: whether every B was known to be zero in the forward pass.
+        previous_a, previous_b: a sum for each branch, or none at all.
+    """
+
     record: Callable[[list[BranchScore | None]], None]
     select: Callable[[], bool] | None
     b_is_zero: bool
@@ -113,7 +120,7 @@ def _sums(
         return [], []
     sums: tuple[list[Tensor], list[Tensor]] = ([], [])
     for j, (branch, pair) in enumerate(zip(branches, previous, strict=True)):
-        for found, total, factor in zip(sums, pair, (branch.a, branch.b), strict=True):
+        for some, total, factor in zip(sums, pair, (branch.a, branch.b), strict=True):
             if total is None:
                 total = torch.zeros_like(factor, requires_grad=False)
             if total.shape != factor.shape:
@@ -121,7 +128,7 @@ def _sums(
                     f"branch {j}: a previous sum is {tuple(total.shape)}, its factor "
                     f"{tuple(factor.shape)}"
                 )
-            found.append(total.detach().to(statistics_dtype(dtype)))
+            some.append(total.detach().to(statistics_dtype(dtype)))
     return sums
 
 

@@ -128,7 +128,7 @@ def test_inputs_are_not_changed():
 
 @pytest.mark.parametrize("name", ["single", "no_branch", "mixed_siblings", "two_sources"])
 def test_outputs_can_be_changed_in_place(name):
-    """As nn.ReLU(inplace=True) after a linear layer does."""
+    """A module such as nn.ReLU(inplace=True) after a linear layer does that."""
     group = GROUPS[name](Draw(torch.float64))
 
     def run(function):

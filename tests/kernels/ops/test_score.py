@@ -204,7 +204,7 @@ def test_all_but_a_and_b_is_as_in_group_linear(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_all_but_a_and_b_is_as_in_group_linear_where_b_is_zero(name, dtype, select):
-    """And A and B too, where `select` asks for them although no source was kept."""
+    """A and B get right gradients too, where `select` asks for them and no source was kept."""
     (x, sites, branches), seed = ALL[name](Draw(dtype)), seed_for(name)
     group = x, sites, [replace(branch, scale=float(branch.scale)) for branch in branches]
     expected = group_linear(*zeroed(group), seed=seed)
