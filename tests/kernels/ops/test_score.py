@@ -110,7 +110,8 @@ class ScoreCalls(CountOps):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.heterolora.group_score.default:
-            self.b.append(len(args[9]))
+            names = [argument.name for argument in func._schema.arguments]
+            self.b.append(len(args[names.index("b")]))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
