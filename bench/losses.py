@@ -14,10 +14,10 @@ from heterolora.bench.cases.shapes import GROUPS
 from heterolora.bench.gpu.targets import DEVICE, TARGETS, targets_table
 from heterolora.bench.harness.record import BenchRun
 from heterolora.bench.report.tables import Table, markdown_of
-from heterolora.kernels.buckets import bucket
 from heterolora.kernels.chips import chip_for
 from heterolora.kernels.cost import Estimate, LowRank, Problem, estimate, load_of
 from heterolora.kernels.devices import Device, device_for
+from heterolora.kernels.group import bucket
 from heterolora.kernels.schedule import plan
 
 __all__ = [

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor
 
 from heterolora.bench.cases.groups import copies
-from heterolora.kernels.buckets import BUCKETS, BucketLayout, bucket_layout
+from heterolora.kernels.gpu.da import da
 from heterolora.kernels.gpu.dx import dx
-from heterolora.kernels.gpu.dy import Part, grads_of_a, grads_of_s_and_b
+from heterolora.kernels.gpu.dy import dy
 from heterolora.kernels.gpu.expand import expand
 from heterolora.kernels.gpu.expand_tma import describable, expand_tma
 from heterolora.kernels.gpu.launch import Launch, launch_for
-from heterolora.kernels.gpu.pack import Packed, pack
-from heterolora.kernels.gpu.reduce import Sum, reduce_splits
+from heterolora.kernels.gpu.pack import pack
+from heterolora.kernels.gpu.reduce import Part, Sum, reduce_splits
 from heterolora.kernels.gpu.shrink import shrink
-from heterolora.kernels.gpu.tables import chunks, segments
+from heterolora.kernels.gpu.tables import Pass
+from heterolora.kernels.group import BUCKETS, Call, bucket_layout
 
 __all__ = ["KERNELS", "Operands", "Subject", "operands", "run_all"]
 
@@ -26,19 +27,23 @@ class Operands:
     """One frozen layer and one branch.
 
     Attributes:
-        x: [m, k]; w: [n, k]; dy: [m, n].
+        group: of x [m, k], W [n, k], A [rank, k] and B [n, rank], packed.
+        grad: dY [m, n].
         s, ds: [m, rank], random.
-        packed: of A [rank, k] and B [n, rank], as `pack` makes it.
-        layout: of that branch.
     """
 
-    x: Tensor
-    w: Tensor
-    dy: Tensor
+    group: Pass
+    grad: Tensor
     s: Tensor
     ds: Tensor
-    packed: Packed
-    layout: BucketLayout
+
+    @property
+    def x(self) -> Tensor:
+        return self.group.sources[0]
+
+    @property
+    def w(self) -> Tensor:
+        return self.group.call.weights[0]
 
     @property
     def m(self) -> int:
@@ -54,7 +59,11 @@ class Operands:
 
     @property
     def rank(self) -> int:
-        return self.layout.columns
+        return self.group.layout.columns
+
+    def launched(self, launch: Launch) -> Pass:
+        """The group with other tiles and options."""
+        return self.group._replace(launch=launch)
 
 
 def operands(
@@ -70,7 +79,7 @@ def operands(
     """Random operands, as many sets as exceed the caches.
 
     Args:
-        rank: one of `buckets.BUCKETS`, so that S has no padding.
+        rank: one of `group.BUCKETS`, so that S has no padding.
         launch: default that of the device.
         count: of sets, instead.
     """
@@ -83,14 +92,16 @@ def operands(
         values = torch.randn(rows, columns, device=device, dtype=dtype, generator=generator)
         return values * scale
 
-    found = []
+    sets = []
     for _ in range(copies(m, k, n, dtype.itemsize) if count is None else count):
         x, w = draw(m, k), draw(n, k, k**-0.5)
         a, b = draw(rank, k, k**-0.5), draw(n, rank, rank**-0.5)
-        packed = pack([a], [b], [1.0], layout, x, launch or launch_for(x))
-        rest = draw(m, n), draw(m, rank), draw(m, rank)
-        found.append(Operands(x, w, *rest, packed, layout))
-    return found
+        call = Call([x], [w], [None], [a], [b], None, [1.0], [0], [0], [0.0], "triton")
+        options = launch or launch_for(x)
+        packed = pack(call, layout, options)
+        group = Pass(call, [x], layout, packed, options, index64=False)
+        sets.append(Operands(group, draw(m, n), draw(m, rank), draw(m, rank)))
+    return sets
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ class Subject:
     """One kernel with what belongs to it.
 
     Attributes:
-        kernel: its name in `configs.KERNELS`.
+        kernel: its name in `tiles.KERNELS`.
         run: launches it; returns what it computed. Shares that a tile's size decides the number of
             are added up first, in the time too.
         small: whether it takes at most 64 columns of S at a time, not 128.
@@ -130,21 +141,19 @@ def run_all(subject: Subject, sets: Sequence[Operands], launch: Launch) -> None:
 
 
 def _shrink(one: Operands, launch: Launch) -> list[Tensor]:
-    s, parts = shrink([one.x], one.packed, one.layout, [0.0], None, launch, index64=False)
+    s, parts = shrink(one.launched(launch))
     return [s if parts is None else parts.sum(0).to(s.dtype)]
 
 
 def _expand(one: Operands, launch: Launch) -> list[Tensor]:
     out = one.x.new_empty(one.m, one.n)
-    expand(
-        one.x, one.s, None, one.packed, [one.w], [None], [out], one.layout, launch, index64=False
-    )
+    expand(one.launched(launch), one.s, None, [out])
     return [out]
 
 
 def _expand_tma(one: Operands, launch: Launch) -> list[Tensor]:
     out = one.x.new_empty(one.m, one.n)
-    expand_tma(one.x, one.s, one.packed, [one.w], [None], [out], one.layout, launch)
+    expand_tma(one.launched(launch), one.s, [out])
     return [out]
 
 
@@ -153,22 +162,18 @@ def _describable(one: Operands, launch: Launch) -> bool:
 
 
 def _dy(one: Operands, launch: Launch) -> list[Tensor]:
-    ds, parts = grads_of_s_and_b(
-        [one.dy], one.s, one.packed, one.layout, launch, need_ds=True, need_db=True, index64=False
-    )
+    ds, parts = dy(one.launched(launch), [one.grad], one.s, need_ds=True, need_db=True)
     return [ds, _added(parts, one.x.new_empty(one.n, one.rank), launch, dim=1)]
 
 
 def _dx(one: Operands, launch: Launch) -> list[Tensor]:
-    table = segments(one.layout, one.packed, [one.k], [0.0])
     out = torch.empty_like(one.x)
-    dx([one.dy], [one.w], one.ds, one.packed, table, None, [out], [0], launch, index64=False)
+    dx(one.launched(launch), [one.grad], one.ds, [out], [0])
     return [out]
 
 
 def _da(one: Operands, launch: Launch) -> list[Tensor]:
-    table = chunks(one.layout, one.packed, [one.k], [0.0])
-    parts = grads_of_a([one.x], one.ds, table, None, launch, index64=False)
+    parts = da(one.launched(launch), one.ds)
     return [_added(parts, one.x.new_empty(one.rank, one.k), launch, dim=0)]
 
 

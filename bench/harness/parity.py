@@ -194,8 +194,8 @@ class OpCalls(TorchDispatchMode):
         if space == "heterolora":
             self.calls[name] += 1
             if name in ("group_linear", "group_score"):
-                factors_a = args[3]
-                self.adapters[name] += len(factors_a)
+                names = [argument.name for argument in func._schema.arguments]
+                self.adapters[name] += len(args[names.index("a")])
         return func(*args, **(kwargs or {}))
 
 

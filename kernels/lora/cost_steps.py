@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .buckets import BUCKETS, BucketLayout, bucket_layout
+from .group import BUCKETS, BucketLayout, bucket_layout
 
 __all__ = [
     "MASK_BYTES",

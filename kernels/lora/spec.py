@@ -1,13 +1,12 @@
 """The meaning of every op in plain PyTorch, any dtype up to float64: slow, obvious, the oracle."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .group import Branch, Site
+from .group import Branch, Site, as_matrix
 
 __all__ = [
     "PHILOX_ROUNDS",
@@ -131,14 +130,14 @@ def group_linear_backward(
         dy, mask = grads[branch.site], _mask(x, branch, j, seed)
         u = _source(x, branch) * mask
         s, ds = u @ branch.a.T, branch.scale * (dy @ branch.b)
-        d_b.append(branch.scale * (_rows(dy).T @ _rows(s)))
-        d_a.append(_rows(ds).T @ _rows(u))
+        d_b.append(branch.scale * (as_matrix(dy).T @ as_matrix(s)))
+        d_a.append(as_matrix(ds).T @ as_matrix(u))
         du = (ds @ branch.a) * mask
         if branch.source is None:
             dx = dx + du
         d_source.append(None if branch.source is None else du)
     d_bias = [
-        None if site.bias is None else _rows(dy).sum(0)
+        None if site.bias is None else as_matrix(dy).sum(0)
         for dy, site in zip(grads, sites, strict=True)
     ]
     return GroupGradients(x=dx, source=d_source, bias=d_bias, a=d_a, b=d_b)
@@ -166,10 +165,10 @@ def group_score(
     Returns:
         One for each branch, in the caller's order.
     """
-    found = group_linear_backward(grads, x, sites, branches, seed)
+    gradients = group_linear_backward(grads, x, sites, branches, seed)
     scores = []
     for j, branch in enumerate(branches):
-        d_a, d_b = found.a[j], found.b[j]
+        d_a, d_b = gradients.a[j], gradients.b[j]
         if previous_a:
             d_a, d_b = d_a + previous_a[j], d_b + previous_b[j]
         abs_a, abs_b = (branch.a * d_a).abs().sum(), (branch.b * d_b).abs().sum()
@@ -224,9 +223,5 @@ def _mask(x: Tensor, branch: Branch, index: int, seed: Tensor | None) -> Tensor 
     if seed is None:
         raise ValueError(f"branch {index} has dropout, which needs a seed")
     u = _source(x, branch)
-    mask = dropout_mask(seed, index, _rows(u).shape[0], u.shape[-1], branch.dropout)
+    mask = dropout_mask(seed, index, as_matrix(u).shape[0], u.shape[-1], branch.dropout)
     return mask.to(u.dtype).view(u.shape)
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])

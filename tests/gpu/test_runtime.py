@@ -119,11 +119,11 @@ def test_opcheck(name):
         [s.bias for s in sites],
         [b.a for b in branches],
         [b.b for b in branches],
+        None,
         [float(b.scale) for b in branches],
         [b.site for b in branches],
         [0 if b.source is None else position[id(b.source)] for b in branches],
         [0.0] * len(branches),
-        None,
         "triton",
     )
     results = torch.library.opcheck(
@@ -181,13 +181,13 @@ def test_a_fused_model_compiles_without_a_graph_break():
 def test_int64_addresses_change_nothing(monkeypatch):
     import dataclasses
 
-    from heterolora.kernels.gpu import passes as fused
+    from heterolora.kernels.gpu import passes
     from heterolora.kernels.gpu.launch import launch_for
 
     group = _triton_group("shortcuts")
     narrow, grads = outputs_and_gradients(group, "triton")
     monkeypatch.setattr(
-        fused, "launch_for", lambda x: dataclasses.replace(launch_for(x), index64=True)
+        passes, "launch_for", lambda x: dataclasses.replace(launch_for(x), index64=True)
     )
     wide, _ = outputs_and_gradients(group, "triton", grads)
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heterolora.kernels import Branch, Site, group_linear
-from heterolora.kernels.gpu import passes as fused
+from heterolora.kernels.gpu import passes
 from heterolora.kernels.gpu.launch import launch_for
 from heterolora.verify.checks import check_repeats, converted
 from heterolora.verify.groups import GROUPS, LARGE, SEEDED, Draw, dropout_seed, leaves
@@ -42,7 +42,7 @@ def test_wide_addresses_change_nothing(name, monkeypatch):
         asked.append(x)
         return dataclasses.replace(launch_for(x), index64=True)
 
-    monkeypatch.setattr(fused, "launch_for", wide)
+    monkeypatch.setattr(passes, "launch_for", wide)
     values, _ = outputs_and_gradients(group, "triton", grads)
     assert len(asked) >= 2
     assert all(torch.equal(a, b) for a, b in zip(narrow, values, strict=True))
@@ -53,7 +53,7 @@ def test_wide_addresses_change_nothing(name, monkeypatch):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["mixed_siblings", "seeded_shortcut", "split_k"])
 def test_a_bad_row_stays_in_its_row(name, poison):
-    """Of x and every source in the forward pass, of every dY in the backward pass."""
+    """A bad row of x or a source spoils that of the outputs alone; one of dY, that of dX."""
     clean = ALL[name](Draw(torch.float32))
     dirty = converted(clean, torch.float32)
     sources = {t for t in (dirty[0], *(b.source for b in dirty[2])) if t is not None}
@@ -106,7 +106,7 @@ def test_pruned_gradients_are_the_same(name):
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["mixed_siblings", "two_sources"])
 def test_an_output_that_nothing_depends_on(name):
-    """As if its dY were zero."""
+    """It counts as one whose dY is zero."""
     group = ALL[name](Draw(torch.float32))
     _, grads = outputs_and_gradients(group, "triton")
     for unused in range(len(grads)):
@@ -162,7 +162,7 @@ def test_launches_do_not_grow_with_branches(ranks, k, launches, monkeypatch):
         kernel[grid](*args, **options)
 
     few = dataclasses.replace(launch_for(torch.empty(0)), programs=64, start=start)
-    monkeypatch.setattr(fused, "launch_for", lambda x: few)
+    monkeypatch.setattr(passes, "launch_for", lambda x: few)
     x = torch.randn(8, k, requires_grad=True)
     sites = [Site(torch.randn(24, k)) for _ in ranks]
     branches = [

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from heterolora.kernels.buckets import bucket_layout
-from heterolora.kernels.gpu import passes as fused
+from heterolora.kernels.gpu import passes
+from heterolora.kernels.group import Call
 from heterolora.train.cuda_graphs import NoHostReads
 
 RANKS = (3, 0, 33)
@@ -20,17 +20,27 @@ def test_forward_and_backward_read_nothing_on_the_host(own_base, dropout, launch
     weights = [] if own_base else [torch.randn(n, k) for n in NS]
     a = [torch.randn(r, k) for r in RANKS]
     b = [torch.randn(n, r) for n, r in zip(NS, RANKS, strict=True)]
-    layout = bucket_layout(RANKS, (0, 1, 2), (0, 0, 0), (bool(dropout),) * 3, sites=3)
-    common = [2.0, 1.0, 0.5], layout, [dropout] * 3
-    seed = torch.tensor(5) if dropout else None
+    call = Call(
+        sources=[x],
+        weights=weights,
+        biases=[None] * len(weights),
+        a=a,
+        b=b,
+        seed=torch.tensor(5) if dropout else None,
+        scales=[2.0, 1.0, 0.5],
+        branch_site=[0, 1, 2],
+        branch_source=[0, 0, 0],
+        dropout=[dropout] * 3,
+        implementation="triton",
+    )
     needs = [True] * (1 + len(weights) + len(a) + len(b))
     grads = [torch.randn(m, n) for n in NS]
     with NoHostReads("cpu"):
         if own_base:
             outputs = [torch.zeros(m, n) for n in NS]
-            s = fused.low_rank_add(outputs, [x], a, b, *common, seed)
+            s = passes.low_rank_add(call, outputs)
         else:
-            outputs, s = fused.group_linear([x], weights, [None] * 3, a, b, *common, seed)
-        found = fused.group_linear_backward(grads, [x], weights, a, b, s, *common, seed, needs)
+            outputs, s = passes.group_linear(call)
+        found = passes.group_linear_backward(call, grads, s, needs)
     assert sum(launches.values()) >= 9
     assert all(value.isfinite().all() for value in (*outputs, *found))

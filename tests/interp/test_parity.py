@@ -7,7 +7,7 @@ the repaired interpreter, and what needs more than one group of each kind.
 import pytest
 import torch
 
-from heterolora.kernels.gpu import passes as fused
+from heterolora.kernels.gpu import passes
 from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile
 from heterolora.verify.checks import check_parity, compare
 from heterolora.verify.groups import GROUPS, LARGE, RANKS, SEEDED, Draw, Sizes, build
@@ -89,7 +89,7 @@ def test_other_tiles(name, tiles, monkeypatch):
     """The result does not depend on how the work is cut."""
     tile, programs = TILES[tiles]
     launch = Launch(dict.fromkeys(KERNELS, tile), programs=programs)
-    monkeypatch.setattr(fused, "launch_for", lambda x: launch)
+    monkeypatch.setattr(passes, "launch_for", lambda x: launch)
     assert check_parity(ALL[name], torch.float32, "triton") is None
 
 

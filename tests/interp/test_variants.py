@@ -7,9 +7,9 @@ import torch
 from helpers import error
 
 from heterolora.kernels import Branch, Site, group_linear, spec
-from heterolora.kernels.buckets import bucket_layout
-from heterolora.kernels.gpu import passes as fused
+from heterolora.kernels.gpu import passes
 from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile
+from heterolora.kernels.group import Call
 
 RANKS = (3, 0, 33)
 NS = (64, 40, 16)
@@ -32,9 +32,8 @@ def _operands(dtype, *, m=45, k=48, transposed=False):
 
 def _forward(operands, launch):
     x, weights, biases, a, b = operands
-    layout = bucket_layout(RANKS, (0, 1, 2), (0, 0, 0), (False,) * 3, sites=3)
-    scales, dropout = [2.0, 1.0, 0.5], [0.0] * 3
-    return fused.group_linear([x], weights, biases, a, b, scales, layout, dropout, None, launch)[0]
+    about = [2.0, 1.0, 0.5], [0, 1, 2], [0, 0, 0], [0.0] * 3, "triton"
+    return passes.group_linear(Call([x], weights, biases, a, b, None, *about), launch)[0]
 
 
 @pytest.mark.quick

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from heterolora.kernels import cost, spec
-from heterolora.kernels.aten import linear as aten
+from heterolora.kernels import aten, cost, spec
+from heterolora.kernels.aten import linear
 from heterolora.kernels.cost import CALL, STEPS, LowRank, Problem, estimate
 from heterolora.kernels.cost_steps import MASK_BYTES, MASK_LAUNCHES
 from heterolora.kernels.devices import PEAKS, Device, device_for
 from heterolora.kernels.dispatch.paths import decide
-from heterolora.kernels.group import group_layout
+from heterolora.kernels.group import Call
 
 H100 = device_for("NVIDIA H100 80GB HBM3")
 HUGE = 2**20
@@ -152,7 +152,8 @@ def test_cost_of_the_dropout_mask_is_that_of_its_operations():
 
 @pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
-def test_launches_of_aten_are_those_of_its_operations(factor_dtype, bias):
+def test_launches_of_aten_are_those_of_its_operations(factor_dtype, bias, monkeypatch):
+    monkeypatch.setattr(linear, "_pads_ranks", lambda x: False)
     m, ks, ns = 8, (6, 5), (4, 7, 3)
     shape = [(2, 0, 0), (3, 0, 1), (1, 1, 0), (0, 1, 0)]
     branches = tuple(LowRank(*item) for item in shape)
@@ -164,16 +165,16 @@ def test_launches_of_aten_are_those_of_its_operations(factor_dtype, bias):
     biases = [w[:, 0].clone() if bias else None for w in weights]
     a = [torch.randn(r, ks[i], dtype=factor_dtype) for r, _, i in shape]
     b = [torch.randn(ns[site], r, dtype=factor_dtype) for r, site, _ in shape]
-    ranks, site_of, source_of = zip(*shape, strict=True)
-    layout = group_layout(ranks, site_of, source_of, sites=len(ns), sources=len(ks))
-    scales = [2.0] * len(shape)
+    _, branch_site, branch_source = zip(*shape, strict=True)
+    about = [2.0] * len(shape), branch_site, branch_source, [0.0] * len(shape), "aten"
+    call = Call(sources, weights, biases, a, b, None, *about)
     with Operations() as seen:
-        outputs, s = aten.group_linear(sources, weights, biases, a, b, scales, layout)
+        outputs, s = aten.group_linear(call)
     assert seen.launches == sum(step.launches for step in forward)
     needs = [True] * len(ks) + [False] * len(ns) + [True] * (2 * len(shape))
     grads = [torch.ones_like(y) for y in outputs]
     with Operations() as seen:
-        aten.group_linear_backward(grads, sources, weights, a, b, s, scales, layout, needs)
+        aten.group_linear_backward(call, grads, s, needs)
     # The zeros of the branch of rank 0 touch no memory.
     assert seen.launches - 2 == sum(step.launches for step in backward)
 

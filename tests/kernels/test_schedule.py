@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from heterolora.bench.cases.shapes import GROUPS
 from heterolora.kernels import mixes, schedule
-from heterolora.kernels.buckets import bucket
 from heterolora.kernels.chips import CHIPS, chip_for
 from heterolora.kernels.devices import PEAKS
 from heterolora.kernels.gpu.tiles import Tile, alternatives
+from heterolora.kernels.group import bucket
 from heterolora.kernels.mixes import Loop, Mix
 from heterolora.kernels.schedule import (
     Costs,

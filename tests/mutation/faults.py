@@ -200,13 +200,13 @@ FAULTS = [
     ),
     Fault(
         "da: dropout of the wrong columns",
-        "gpu/dy.py",
+        "gpu/da.py",
         "keep = keep_tile(key, branch, threshold, row, block * BLOCK_K, BLOCK_M, BLOCK_K)",
         "keep = keep_tile(key, branch, threshold, row, 0, BLOCK_M, BLOCK_K)",
     ),
     Fault(
         "da: kept elements are not scaled up",
-        "gpu/dy.py",
+        "gpu/da.py",
         "acc *= 65536.0 / (65536.0 - threshold.to(ACC))",
         "acc *= 1.0",
     ),
@@ -265,13 +265,13 @@ FAULTS = [
         "tl.sum(factor * acc)",
     ),
     Fault(
-        "fused: dB of the branch's padding instead of its ranks",
+        "passes: dB of the branch's padding instead of its ranks",
         "gpu/passes.py",
         "low, high = max(part.start, first), min(part.stop, first + rank)",
         "low, high = max(part.start, first), min(part.stop, first + rank - 1)",
     ),
     Fault(
-        "fused: int32 addresses where int64 are needed",
+        "passes: int32 addresses where int64 are needed",
         "gpu/passes.py",
         "if (rows + 1024) * down >= 2**31 or (columns + 1024) * along >= 2**31:",
         "if (rows + 1024) * down >= 2**50 or (columns + 1024) * along >= 2**50:",
@@ -284,7 +284,7 @@ FAULTS = [
     ),
     Fault(
         "buckets: a rank of 17 in 16 columns",
-        "buckets.py",
+        "group.py",
         "if rest <= size",
         "if rest <= size + 1",
     ),
@@ -298,7 +298,7 @@ FAULTS = [
     Fault(
         "aten: dB without its scale",
         "aten/linear.py",
-        "d_b_t.addmm_(_columns(s, columns).t(), grad, beta=0, alpha=scales[j])",
+        "d_b_t.addmm_(_columns(s, columns).t(), grad, beta=0, alpha=call.scales[j])",
         "d_b_t.addmm_(_columns(s, columns).t(), grad, beta=0)",
         (2,),
     ),

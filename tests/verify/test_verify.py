@@ -10,8 +10,7 @@ import torch
 
 import heterolora.verify
 from heterolora.errors import HeteroLoraError
-from heterolora.kernels import spec
-from heterolora.kernels.aten import linear as aten
+from heterolora.kernels import aten, spec
 from heterolora.verify import add_arguments, run
 from heterolora.verify.cases import Verdict
 from heterolora.verify.child import child

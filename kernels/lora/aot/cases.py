@@ -1,15 +1,14 @@
 """What `aot` compiles: groups on tensors without memory, run through the launchers themselves, so
 that every kernel gets the options and the specialised arguments it gets on a GPU."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..buckets import BucketLayout, bucket_layout
-from ..gpu import passes as fused
+from ..gpu import passes
 from ..gpu.launch import Launch
+from ..group import Call
 
 __all__ = ["ALTERNATIVES", "BUCKETED", "FEATURES", "QUICK", "Case", "run"]
 
@@ -115,53 +114,50 @@ QUICK = (BUCKETED[0], BUCKETED[4], BUCKETED[6], FEATURES[3])
 
 def run(case: Case, dtype: torch.dtype, launch: Launch) -> None:
     """Run forward, backward and score of a group on tensors of the device "meta"."""
-    x = _empty(case.m, case.k, dtype=dtype)
-    sources = [x, _empty(case.m, 2 * case.k, dtype=dtype)] if case.shortcuts else [x]
-    sites, count = len(case.ns), len(case.ranks)
-    site_of = [j % sites for j in range(count)]
-    source_of = [int(j >= count - case.shortcuts) for j in range(count)]
-    wide = dtype if case.narrow_factors else torch.float32
-    a = [
-        _empty(rank, sources[i].shape[1], dtype=wide)
-        for rank, i in zip(case.ranks, source_of, strict=True)
-    ]
-    b = [_empty(case.ns[i], rank, dtype=wide) for rank, i in zip(case.ranks, site_of, strict=True)]
-    dropout, scales = [case.dropout] * count, [case.scale] * count
-    layout = bucket_layout(case.ranks, site_of, source_of, [p > 0 for p in dropout], sites=sites)
-    seed = _empty(dtype=torch.int64) if case.dropout else None
-    outs, weights, s = _forward(case, sources, a, b, scales, layout, dropout, seed, launch)
-    rest = (a, b, s, scales, layout, dropout, seed)
-    others = ["x" in case.needs] * len(sources) + ["bias" in case.needs] * len(weights)
+    call = _call(case, dtype)
+    if case.base:
+        outs, s = passes.group_linear(call, launch)
+    else:
+        outs = [_empty(case.m, n, dtype=dtype) for n in case.ns]
+        s = passes.low_rank_add(call, outs, launch)
+    count = len(case.ranks)
+    others = ["x" in case.needs] * len(call.sources) + ["bias" in case.needs] * len(call.weights)
     if case.backward:
         needs = [*others, *["a" in case.needs] * count, *["b" in case.needs] * count]
-        fused.group_linear_backward(outs, sources, weights, *rest, needs, launch)
+        passes.group_linear_backward(call, outs, s, needs, launch)
     if case.score:
-        fused.group_score(outs, sources, weights, *rest, others, [], [], launch)
+        passes.group_score(call, outs, s, others, [], [], launch)
 
 
-def _forward(
-    case: Case,
-    sources: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    layout: BucketLayout,
-    dropout: Sequence[float],
-    seed: Tensor | None,
-    launch: Launch,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    x = sources[0]
-    rest = (a, b, scales, layout, dropout, seed, launch)
-    if not case.base:
-        outs = [_empty(case.m, n, dtype=x.dtype) for n in case.ns]
-        return outs, [], fused.low_rank_add(outs, sources, *rest)
-    shapes = [(case.k, n) if case.transposed else (n, case.k) for n in case.ns]
-    weights = [_empty(*shape, dtype=x.dtype) for shape in shapes]
+def _call(case: Case, dtype: torch.dtype) -> Call:
+    count = len(case.ranks)
+    sources = [_empty(case.m, case.k, dtype=dtype)]
+    if case.shortcuts:
+        sources.append(_empty(case.m, 2 * case.k, dtype=dtype))
+    branch_site = [j % len(case.ns) for j in range(count)]
+    branch_source = [int(j >= count - case.shortcuts) for j in range(count)]
+    wide = dtype if case.narrow_factors else torch.float32
+    ks = [sources[i].shape[1] for i in branch_source]
+    ns = [case.ns[i] for i in branch_site]
+    return Call(
+        sources=sources,
+        weights=[_weight(case, n, dtype) for n in case.ns] if case.base else [],
+        biases=[_empty(n, dtype=dtype) if case.bias else None for n in case.ns if case.base],
+        a=[_empty(rank, k, dtype=wide) for rank, k in zip(case.ranks, ks, strict=True)],
+        b=[_empty(n, rank, dtype=wide) for rank, n in zip(case.ranks, ns, strict=True)],
+        seed=_empty(dtype=torch.int64) if case.dropout else None,
+        scales=[case.scale] * count,
+        branch_site=branch_site,
+        branch_source=branch_source,
+        dropout=[case.dropout] * count,
+        implementation="triton",
+    )
+
+
+def _weight(case: Case, n: int, dtype: torch.dtype) -> Tensor:
     if case.transposed:
-        weights = [weight.t() for weight in weights]
-    biases = [_empty(n, dtype=x.dtype) if case.bias else None for n in case.ns]
-    outs, s = fused.group_linear(sources, weights, biases, *rest)
-    return outs, weights, s
+        return _empty(case.k, n, dtype=dtype).t()
+    return _empty(n, case.k, dtype=dtype)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:

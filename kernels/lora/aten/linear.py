@@ -5,7 +5,7 @@ other way round where oneDNN computes the base; so no intermediate of the size o
 made. A and B are cast to the dtype of x; x, the large one, never is. S and dS lie in memory column
 by column, because a CPU is faster at products with a few long rows than with a few long columns.
 
-In bfloat16 and float16 a CPU computes with ranks padded to the kernels' buckets (`pads_ranks`).
+In bfloat16 and float16 a CPU computes with ranks padded to the kernels' buckets (`_pads_ranks`).
 """
 
 import math
@@ -14,14 +14,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..group import Columns, GroupLayout
+from ..group import Call, Columns, GroupLayout, as_matrix, bucket, group_layout, split
 from . import onednn
 
-__all__ = ["group_linear", "group_linear_backward", "low_rank_add", "pads_ranks"]
+__all__ = [
+    "empty_s",
+    "group_linear",
+    "group_linear_backward",
+    "layout_of",
+    "low_rank_add",
+    "shrink",
+]
 
 
-def pads_ranks(x: Tensor) -> bool:
-    """Whether ranks are padded to `buckets.bucket` for an x of this dtype and device.
+def _pads_ranks(x: Tensor) -> bool:
+    """Whether ranks are padded to `group.bucket` for an x of this dtype and device.
 
     oneDNN, which computes 16-bit products on a CPU, compiles code for every combination of sizes
     and keeps the latest 1,024. Batches of different lengths times mixed ranks are more than that: a
@@ -31,35 +38,24 @@ def pads_ranks(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def group_linear(
-    sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    layout: GroupLayout,
-) -> tuple[list[Tensor], Tensor]:
+def empty_s(call: Call) -> Tensor:
+    """S [m, columns] of a call, not yet written: column by column in memory."""
+    return _column_major(call.sources[0], sum(_widths(call)))
+
+
+def group_linear(call: Call) -> tuple[list[Tensor], Tensor]:
     """Forward of a group.
 
-    Args:
-        sources: distinct inputs [..., k_i] with equal leading dimensions; the first is x.
-        weights: [n_i, k] for each site, in the dtype of x.
-        biases: [n_i] or None for each site, in the dtype of x.
-        a: [r_j, k_source] for each branch, any float dtype.
-        b: [n_site, r_j] for each branch, any float dtype.
-        scales: for each branch.
-        layout: packing of the branches in S.
-
     Returns:
-        The outputs [..., n_i] in the dtype of x, and S [m, layout.columns] for the backward pass.
+        The outputs [..., n_i] in the dtype of x, and S [m, columns] for the backward pass.
     """
-    x = _rows(sources[0])
-    s = _shrink(sources, a, layout)
+    x, scales = as_matrix(call.sources[0]), call.scales
+    layout = layout_of(call, len(call.weights))
+    s = shrink(call, layout)
     outputs = []
-    for weight, bias, branches in zip(weights, biases, layout.by_site, strict=True):
+    for weight, bias, branches in zip(call.weights, call.biases, layout.by_site, strict=True):
         products = [
-            (_columns(s, layout.branch[j]), _b_t(b[j], layout.branch[j], x.dtype), scales[j])
+            (_columns(s, layout.branch[j]), _b_t(call.b[j], layout.branch[j], x.dtype), scales[j])
             for j in branches
         ]
         if onednn.preferred(x, weight):
@@ -75,98 +71,89 @@ def group_linear(
         for left, right, scale in products:
             y.addmm_(left, right, alpha=scale)
         # Not a view for autograd, which else would not let the caller change the output in place.
-        outputs.append(torch.ops.aten._unsafe_view(y, [*sources[0].shape[:-1], y.shape[1]]))
+        shape = [*call.sources[0].shape[:-1], y.shape[1]]
+        outputs.append(torch.ops.aten._unsafe_view(y, shape))
     return outputs, s
 
 
-def low_rank_add(
-    outputs: Sequence[Tensor],
-    sources: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    layout: GroupLayout,
-) -> Tensor:
+def low_rank_add(call: Call, outputs: Sequence[Tensor]) -> Tensor:
     """The branches alone, accumulated into the outputs of the base layers.
 
     Args:
+        call: without weights; its sources in the dtype of the outputs.
         outputs: [..., n_i] for each site, contiguous, changed in place.
-        sources: distinct inputs [..., k_i] with equal leading dimensions, in the outputs' dtype.
 
     Returns:
-        S [m, layout.columns] for the backward pass.
+        S [m, columns] for the backward pass.
     """
-    s = _shrink(sources, a, layout)
+    layout = layout_of(call, len(outputs))
+    s = shrink(call, layout)
     for y, branches in zip(outputs, layout.by_site, strict=True):
         rows = y.view(s.shape[0], y.shape[-1])
         for j in branches:
             columns = layout.branch[j]
-            rows.addmm_(_columns(s, columns), _b_t(b[j], columns, s.dtype), alpha=scales[j])
+            b_t = _b_t(call.b[j], columns, s.dtype)
+            rows.addmm_(_columns(s, columns), b_t, alpha=call.scales[j])
     return s
 
 
 def group_linear_backward(
-    grads: Sequence[Tensor | None],
-    sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    s: Tensor,
-    scales: Sequence[float],
-    layout: GroupLayout,
-    needs: Sequence[bool],
+    call: Call, grads: Sequence[Tensor | None], s: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
     """Backward of a group: only the gradients asked for.
 
     Args:
+        call: as in the forward pass. Without weights, where the base layers ran by themselves:
+            their part of dX is not ours then, and neither are their biases.
         grads: dY [..., n_i] for each site; None for an output that nothing depends on.
-        weights: as in the forward pass; none at all where the base layers ran by themselves, whose
-            part of dX is not ours then, and neither are their biases.
-        s: [m, layout.columns] as the forward pass returned it.
-        needs: one flag for each source, then each site's bias, then each A, then each B.
+        s: [m, columns] as the forward pass returned it.
+        needs: one flag for each source, then each weight's bias, then each A, then each B.
 
     Returns:
         The gradients whose flag is set, in that order; those of A and B in their parameter's dtype.
     """
-    dy = [None if grad is None else _rows(grad) for grad in grads]
-    bases = list(zip(dy, weights, strict=True)) if weights else []
-    q, p, t = len(sources), len(weights), len(a)
-    need_source, need_bias = needs[:q], needs[q : q + p]
-    need_a, need_b = needs[q + p : q + p + t], needs[q + p + t :]
+    a, b = call.a, call.b
+    layout = layout_of(call, len(grads))
+    dy = [None if grad is None else as_matrix(grad) for grad in grads]
+    bases = list(zip(dy, call.weights, strict=True)) if call.weights else []
+    need_source, need_bias, need_a, need_b = split(
+        needs, len(call.sources), len(call.weights), len(a), len(b)
+    )
 
     ds = torch.empty_like(s)
-    d_b: list[Tensor | None] = [None] * t
+    d_b: list[Tensor | None] = [None] * len(b)
     for grad, branches in zip(dy, layout.by_site, strict=True):
         for j in branches:
             columns = layout.branch[j]
             if grad is None:
                 _columns(ds, columns).zero_()
                 continue
-            scaled = _scaled_b_t(b[j], scales[j], columns, s.dtype)
+            scaled = _scaled_b_t(b[j], call.scales[j], columns, s.dtype)
             torch.mm(grad, scaled.t(), out=_columns(ds, columns))
             if need_b[j]:
                 # As (S^T dY)^T: on a CPU the wide product is up to six times faster than the tall.
                 d_b_t = s.new_empty(columns.width, b[j].shape[0])
-                d_b_t.addmm_(_columns(s, columns).t(), grad, beta=0, alpha=scales[j])
-                d_b[j] = _like(b[j]).copy_(d_b_t[: b[j].shape[1]].t())
+                d_b_t.addmm_(_columns(s, columns).t(), grad, beta=0, alpha=call.scales[j])
+                own = torch.empty_like(b[j], memory_format=torch.contiguous_format)
+                d_b[j] = own.copy_(_first(d_b_t, b[j].shape[1]).t())
 
-    d_a: list[Tensor | None] = [None] * t
-    d_source: list[Tensor | None] = [None] * q
-    for i, (source, branches) in enumerate(zip(sources, layout.by_source, strict=True)):
+    d_a: list[Tensor | None] = [None] * len(a)
+    d_source: list[Tensor | None] = [None] * len(call.sources)
+    for i, (source, branches) in enumerate(zip(call.sources, layout.by_source, strict=True)):
         span = layout.source[i]
         if any(need_a[j] for j in branches):
-            stacked = torch.mm(_columns(ds, span).t(), _rows(source))
+            stacked = torch.mm(_columns(ds, span).t(), as_matrix(source))
             for j in branches:
                 if need_a[j]:
                     part = stacked[layout.branch[j].start - span.start :][: a[j].shape[0]]
                     # Autograd keeps this as .grad; a view would keep the whole stack with it.
-                    d_a[j] = part.to(a[j].dtype, copy=len(part) < len(stacked))
+                    d_a[j] = part.to(a[j].dtype, copy=part.shape[0] < stacked.shape[0])
         if need_source[i]:
             low_rank = None
             if branches:
                 low_rank = _columns(ds, span), _stack(a, branches, layout, s.dtype)
-            found = _d_source(low_rank, bases if i == 0 else ())
-            d_source[i] = s.new_zeros(source.shape) if found is None else found.view(source.shape)
+            d_u = _d_source(low_rank, bases if i == 0 else ())
+            d_source[i] = s.new_zeros(source.shape) if d_u is None else d_u.view(source.shape)
 
     d_bias = [
         None if not need else weight.new_zeros(weight.shape[0]) if grad is None else grad.sum(0)
@@ -177,6 +164,27 @@ def group_linear_backward(
             if flags[j] and grads_of[j] is None:
                 grads_of[j] = torch.zeros_like(factor)
     return [grad for grad in (*d_source, *d_bias, *d_a, *d_b) if grad is not None]
+
+
+def _column_major(x: Tensor, columns: int) -> Tensor:
+    return x.new_empty(columns, math.prod(x.shape[:-1])).t()
+
+
+def _widths(call: Call) -> list[int]:
+    """The columns of S that each branch takes."""
+    ranks = call.ranks
+    return [bucket(rank) for rank in ranks] if _pads_ranks(call.sources[0]) else ranks
+
+
+def layout_of(call: Call, sites: int) -> GroupLayout:
+    """Where each branch of a group of so many sites lies in S."""
+    return group_layout(
+        _widths(call),
+        call.branch_site,
+        call.branch_source,
+        sites=sites,
+        sources=len(call.sources),
+    )
 
 
 def _d_source(
@@ -204,13 +212,13 @@ def _d_source(
     return total
 
 
-def _shrink(sources: Sequence[Tensor], a: Sequence[Tensor], layout: GroupLayout) -> Tensor:
-    x = _rows(sources[0])
-    s = x.new_empty(layout.columns, x.shape[0]).t()
-    for source, branches, span in zip(sources, layout.by_source, layout.source, strict=True):
+def shrink(call: Call, layout: GroupLayout) -> Tensor:
+    """S [m, columns]: u A^T of every branch."""
+    s = _column_major(call.sources[0], layout.columns)
+    for source, branches, span in zip(call.sources, layout.by_source, layout.source, strict=True):
         if branches:
-            stacked = _stack(a, branches, layout, x.dtype)
-            torch.mm(_rows(source), stacked.t(), out=_columns(s, span))
+            stacked = _stack(call.a, branches, layout, s.dtype)
+            torch.mm(as_matrix(source), stacked.t(), out=_columns(s, span))
     return s
 
 
@@ -218,12 +226,8 @@ def _columns(s: Tensor, span: Columns) -> Tensor:
     return s if span.stop - span.start == s.shape[1] else s[:, span.start : span.stop]
 
 
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+def _first(t: Tensor, rows: int) -> Tensor:
+    return t if rows == t.shape[0] else t[:rows]
 
 
 def _stack(
@@ -231,12 +235,12 @@ def _stack(
 ) -> Tensor:
     """The A of these branches [columns, k], zero in columns that no rank uses."""
     factors = [a[j] for j in branches]
-    widths = [layout.branch[j].width for j in branches]
-    if all(len(factor) == width for factor, width in zip(factors, widths, strict=True)):
+    ranks, widths = [a[j].shape[0] for j in branches], [layout.branch[j].width for j in branches]
+    if ranks == widths:
         return (factors[0] if len(factors) == 1 else torch.cat(factors)).to(dtype)
     stacked = factors[0].new_zeros(sum(widths), factors[0].shape[1], dtype=dtype)
-    for factor, rows in zip(factors, stacked.split(widths), strict=True):
-        rows[: len(factor)].copy_(factor)
+    for factor, rank, rows in zip(factors, ranks, stacked.split(widths), strict=True):
+        rows[:rank].copy_(factor)
     return stacked
 
 
@@ -257,7 +261,7 @@ def _scaled_b_t(b: Tensor, scale: float, columns: Columns, dtype: torch.dtype) -
     """
     rank = b.shape[1]
     scaled = b.new_empty(columns.width, b.shape[0], dtype=dtype)
-    torch.mul(b.t(), scale, out=scaled[:rank])
+    torch.mul(b.t(), scale, out=_first(scaled, rank))
     if rank < columns.width:
         scaled[rank:].zero_()
     return scaled

@@ -43,8 +43,8 @@ def _vendor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
-    found = (line.partition(":")[2] for line in lines if line.startswith("vendor_id"))
-    return next(found, "").strip()
+    vendors = (line.partition(":")[2] for line in lines if line.startswith("vendor_id"))
+    return next(vendors, "").strip()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..group import GroupLayout, group_layout
+from ..group import Call, as_matrix, split
 from ..spec import BranchScore
-from .linear import _rows, group_linear_backward
+from .linear import group_linear_backward, layout_of
 
 __all__ = ["branch_score", "group_score", "statistics_dtype"]
 
@@ -35,14 +35,9 @@ def branch_score(a: Tensor, b: Tensor, d_a: Tensor, d_b: Tensor) -> BranchScore:
 
 
 def group_score(
+    call: Call,
     grads: Sequence[Tensor | None],
-    sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
     s: Tensor,
-    scales: Sequence[float],
-    layout: GroupLayout,
     needs: Sequence[bool],
     previous_a: Sequence[Tensor],
     previous_b: Sequence[Tensor],
@@ -50,9 +45,10 @@ def group_score(
     """Backward of a group that measures the gradients of A and B of every branch.
 
     Args:
+        call: as `group_linear_backward` takes it. No b at all means that every B is zero: then the
+            branches add nothing to dX, and dA is zero.
         grads: dY [..., n_i] for each site; None for an output that nothing depends on.
-        sources, weights, a, b, s, scales, layout: as `aten.group_linear_backward`; no b at all
-            means that every B is zero, and then the branches add nothing to dX, and dA is zero.
+        s: [m, columns] as the forward pass returned it.
         needs: one flag for each source, then each site's bias.
         previous_a: [r_j, k_source] for each branch, what to add to dA; or empty.
         previous_b: [n_site, r_j] for each branch, what to add to dB; or empty.
@@ -61,21 +57,19 @@ def group_score(
         The gradients whose flag is set, in that order; then gram_a, gram_b, abs_a and abs_b of the
         first branch, of the second, and so on.
     """
-    dtype = statistics_dtype(s.dtype)
-    with torch.autocast(s.device.type, enabled=False):
-        find = _gradients if b else _gradients_at_zero
-        found, d_a, d_b = find(grads, sources, weights, a, b, s, scales, layout, needs)
-        for j, factor in enumerate(a):
-            of_a, of_b = d_a[j], d_b[j]
-            # What is zero as one column, which broadcasts.
-            zero = s.new_zeros(len(factor), 1, dtype=dtype)
-            of_a = zero if of_a is None else of_a
-            of_b = zero.t() if of_b is None else of_b
-            if previous_a:
-                of_a, of_b = of_a + previous_a[j], of_b + previous_b[j]
-            score = _branch_score(factor, b[j] if b else zero.t(), of_a, of_b)
-            found += [score.gram_a, score.gram_b, score.abs_a, score.abs_b]
-    return found
+    gradients = _gradients if call.b else _gradients_at_zero
+    results, d_a, d_b = gradients(call, grads, s, needs)
+    for j, a in enumerate(call.a):
+        # What is zero as one column, which broadcasts.
+        zero = s.new_zeros(len(a), 1, dtype=statistics_dtype(s.dtype))
+        of_a, of_b = d_a[j], d_b[j]
+        of_a = zero if of_a is None else of_a
+        of_b = zero.t() if of_b is None else of_b
+        if previous_a:
+            of_a, of_b = of_a + previous_a[j], of_b + previous_b[j]
+        score = _branch_score(a, call.b[j] if call.b else zero.t(), of_a, of_b)
+        results += [score.gram_a, score.gram_b, score.abs_a, score.abs_b]
+    return results
 
 
 def _branch_score(a: Tensor, b: Tensor, d_a: Tensor, d_b: Tensor) -> BranchScore:
@@ -87,51 +81,34 @@ def _branch_score(a: Tensor, b: Tensor, d_a: Tensor, d_b: Tensor) -> BranchScore
     )
 
 
+_Gradients = tuple[list[Tensor], Sequence[Tensor | None], Sequence[Tensor | None]]
+
+
 def _gradients(
-    grads: Sequence[Tensor | None],
-    sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    s: Tensor,
-    scales: Sequence[float],
-    layout: GroupLayout,
-    needs: Sequence[bool],
-) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    call: Call, grads: Sequence[Tensor | None], s: Tensor, needs: Sequence[bool]
+) -> _Gradients:
     """Gradients of sources and biases, of every A, and of every B."""
-    t, dtype = len(a), statistics_dtype(s.dtype)
+    t, dtype = len(call.a), statistics_dtype(s.dtype)
     # Gradients come in the dtype of their factor, and these are not to be rounded.
-    wide = [factor.to(dtype) for factor in (*a, *b)]
-    flags = [*needs, *[True] * (2 * t)]
-    found = group_linear_backward(
-        grads, sources, weights, wide[:t], wide[t:], s, scales, layout, flags
-    )
-    others = len(found) - 2 * t
-    return found[:others], [*found[others : others + t]], [*found[others + t :]]
+    wide = call._replace(a=[a.to(dtype) for a in call.a], b=[b.to(dtype) for b in call.b])
+    results = group_linear_backward(wide, grads, s, [*needs, *[True] * (2 * t)])
+    others, d_a, d_b = split(results, len(results) - 2 * t, t, t)
+    return list(others), d_a, d_b
 
 
 def _gradients_at_zero(
-    grads: Sequence[Tensor | None],
-    sources: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    s: Tensor,
-    scales: Sequence[float],
-    layout: GroupLayout,
-    needs: Sequence[bool],
-) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """The same where every B is zero; None for what is zero too."""
-    dtype = statistics_dtype(s.dtype)
-    bare = group_layout((), (), (), sites=len(grads), sources=len(sources))
-    found = group_linear_backward(grads, sources, weights, (), (), s[:, :0], (), bare, needs)
-    d_b: list[Tensor | None] = [None] * len(a)
+    call: Call, grads: Sequence[Tensor | None], s: Tensor, needs: Sequence[bool]
+) -> _Gradients:
+    """The gradients that :func:`_gradients` gives where every B is zero; None for a zero one."""
+    results = group_linear_backward(call.without_branches(), grads, s[:, :0], needs)
+    layout, dtype = layout_of(call, len(grads)), statistics_dtype(s.dtype)
+    d_b: list[Tensor | None] = [None] * len(call.a)
     for grad, branches in zip(grads, layout.by_site, strict=True):
         if grad is None:
             continue
-        dy = _rows(grad)
+        dy = as_matrix(grad)
         for j in branches:
             # As (S^T dY)^T, as in the backward pass.
             d_b_t = torch.mm(s[:, slice(*layout.branch[j])].t(), dy)
-            d_b[j] = d_b_t[: a[j].shape[0]].to(dtype).t() * scales[j]
-    return found, [None] * len(a), d_b
+            d_b[j] = d_b_t[: call.a[j].shape[0]].to(dtype).t() * call.scales[j]
+    return results, [None] * len(call.a), d_b

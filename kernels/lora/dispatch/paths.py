@@ -15,10 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..buckets import bucket
 from ..cost import LowRank, Problem, estimate
 from ..devices import CPU, Device, cpu_name, device_for
-from ..group import Branch, Site
+from ..group import Branch, Site, bucket
 from .measured import MeasuredPath, Tuned, shipped_for
 
 __all__ = [

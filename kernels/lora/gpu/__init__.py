@@ -1,5 +1,5 @@
 """Device code: a Triton kernel a file with its launcher; `passes` says what each pass launches.
 
-`ops` calls `passes`; the benchmarks and ahead-of-time cases also call single
-launchers, with tiles from `tiles` and options from `launch`.
+`ops` imports `passes`. Benchmarks and ahead-of-time cases also import single launchers, with what
+they take: `tables.Pass`, and tiles and options from `launch`.
 """

@@ -1,4 +1,4 @@
-"""Pieces shared by the kernels: choosing a row of a problem table, and the dropout mask of a tile.
+"""What kernels share: a row of a problem table, the order of tiles, the dropout mask of a tile.
 
 A problem table is a tuple of kernel arguments, one entry per site, source or branch. It needs no
 memory on the device: nothing is copied before a launch, and a captured graph holds it by value.
@@ -7,7 +7,15 @@ memory on the device: nothing is copied before a launch, and a captured graph ho
 import triton
 import triton.language as tl
 
-__all__ = ["find", "keep_tile", "offsets", "pick", "swizzle"]
+__all__ = ["GROUP_M", "ceil_div", "find", "keep_tile", "offsets", "pick", "swizzle"]
+
+# Rows of tiles in a strip of :func:`swizzle`.
+GROUP_M = 8
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up, on the host, where `triton.cdiv` takes 3 us for it."""
+    return -(-a // b)
 
 
 @triton.jit
@@ -17,6 +25,7 @@ def pick(items, index):
     What all items share (alignment, above all) the compiler still knows of the result.
     """
     chosen = items[0]
+    # Unrolled into selects: a tuple of arguments has no address that could be indexed.
     for i in tl.static_range(1, len(items)):
         chosen = tl.where(index == i, items[i], chosen)
     return chosen
@@ -29,6 +38,7 @@ def find(sizes, tile, BLOCK: tl.constexpr):
     Problems of the given sizes are cut into blocks and counted one after the other.
     """
     problem, before, passed = 0, 0, 0
+    # Ends at the last problem that begins at or before the tile; unrolled as in `pick`.
     for i in tl.static_range(1, len(sizes)):
         passed += tl.cdiv(sizes[i - 1], BLOCK)
         problem = tl.where(tile >= passed, i, problem)
@@ -64,12 +74,13 @@ def keep_tile(seed, branch, threshold, row, first, ROWS: tl.constexpr, COLUMNS: 
         first: first column, a multiple of 8.
         threshold: the drop probability in units of 2^-16.
     """
-    block = first // 8 + tl.arange(0, COLUMNS // 8)
+    block = first // 8 + tl.arange(0, COLUMNS // 8)  # [COLUMNS / 8]
     row32 = row.to(tl.uint32)[:, None] + tl.zeros((1, COLUMNS // 8), tl.uint32)
     block32 = block.to(tl.uint32)[None, :] + tl.zeros((ROWS, 1), tl.uint32)
     zero = tl.zeros_like(row32)
+    # Each word is [ROWS, COLUMNS / 8].
     w0, w1, w2, w3 = tl.philox(seed, row32, block32, zero + branch.to(tl.uint32), zero, n_rounds=7)
     # join appends the fastest dimension: the words' high bit, their low bit, the half.
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    halves = tl.join(words & 0xFFFF, words >> 16)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [ROWS, COLUMNS / 8, 2, 2]
+    halves = tl.join(words & 0xFFFF, words >> 16)  # [ROWS, COLUMNS / 8, 2, 2, 2]
     return tl.reshape(halves, (ROWS, COLUMNS)).to(tl.float32) >= threshold

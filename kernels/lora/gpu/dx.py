@@ -11,16 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..buckets import ceil_div
-from .device import find, keep_tile, offsets, pick, swizzle
-from .expand import leading
-from .launch import Launch, odd
-from .pack import Packed
-from .tables import ColumnTable
+from .device import GROUP_M, ceil_div, find, keep_tile, offsets, pick, swizzle
+from .launch import odd
+from .tables import Pass, leading, segments
 
 __all__ = ["dx", "dx_kernel"]
-
-_GROUP_M = 8
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -39,7 +34,7 @@ def dx_kernel(
     starts,
     widths,
     starts_a,
-    branches,  # times 16, see `tables.alike`
+    branches,  # times 16, see `tables.times16`
     thresholds,  # drop probability in units of 2^-16
     seed,
     m,
@@ -59,19 +54,23 @@ def dx_kernel(
 ):
     ACC: tl.constexpr = tl.float64 if packed.dtype.element_ty == tl.float64 else tl.float32
     tiles_m, tiles_k = tl.cdiv(m, BLOCK_M), 0
+    # The tiles of all sources stand in one row; unrolled, since `ks` is a tuple of arguments.
     for i in tl.static_range(len(ks)):
         tiles_k += tl.cdiv(ks[i], BLOCK_K)
+    # Persistent: a program takes every programs-th tile of that row, as in `expand`.
     for tile in range(tl.program_id(0), tiles_m * tiles_k, tl.num_programs(0)):
         block_m, block_k = swizzle(tile, tiles_m, tiles_k, GROUP_M)
         problem, block_k = find(ks, block_k, BLOCK_K)
         k, source = pick(ks, problem), pick(out_sources, problem)
-        row = offsets(block_m * BLOCK_M, BLOCK_M, INDEX64)
-        column = offsets(block_k * BLOCK_K, BLOCK_K, INDEX64)
+        row = offsets(block_m * BLOCK_M, BLOCK_M, INDEX64)  # [BLOCK_M]
+        column = offsets(block_k * BLOCK_K, BLOCK_K, INDEX64)  # [BLOCK_K]
         in_rows, in_columns = row[:, None] < m, column[None, :] < k
         # Loads beyond the last row repeat it instead of being masked: the stores are.
         row_in = tl.minimum(row, m - 1)
         acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-        inner = offsets(0, BLOCK_N, INDEX64)
+        inner = offsets(0, BLOCK_N, INDEX64)  # [BLOCK_N]
+        # The base part of dX: all sites' sums over n, one after the other, into one accumulator.
+        # Other sources read no site's base, so that for them the loop runs no times.
         for site in range(tl.where(problem == 0, SITES, 0)):
             n, stride_w = pick(ns, site), pick(weight_strides, site)
             dy_rows = pick(dys, site) + row_in[:, None] * pick(dy_strides, site) + inner[None, :]
@@ -81,24 +80,31 @@ def dx_kernel(
             else:
                 w_tiles = weight + inner[:, None] * stride_w + column[None, :]
             step = stride_w.to(tl.int64) if INDEX64 else stride_w
+            # Over the columns of this site's dY, which are the rows of its weight.
             for first in range(0, n, BLOCK_N):
                 in_w = in_columns
                 if EVEN_N:
-                    dy_tile = tl.load(dy_rows + first)
+                    dy_tile = tl.load(dy_rows + first)  # [BLOCK_M, BLOCK_N]
                 else:
                     dy_tile = tl.load(dy_rows + first, mask=first + inner[None, :] < n, other=0.0)
                     in_w = in_columns & (first + inner[:, None] < n)
                 along = first if TRANSPOSED else first * step
-                w_tile = tl.load(w_tiles + along, mask=in_w, other=0.0)
+                w_tile = tl.load(w_tiles + along, mask=in_w, other=0.0)  # [BLOCK_N, BLOCK_K]
                 acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
-        rank = tl.arange(0, BLOCK_R)
+        rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
+        # The low-rank part. Which segments are this source's is known at run time only: the others
+        # count as of width 0.
         for segment in range(SEGMENTS):
             width = tl.where(pick(segment_sources, segment) == source, pick(widths, segment), 0)
             ds_rows = ds + row_in[:, None] * columns + pick(starts, segment) + rank[None, :]
             a_rows = packed + pick(starts_a, segment) + rank[:, None] * k + column[None, :]
+            # Each dropped-out branch has a mask of its own over the elements of dU, so that its
+            # part is summed up apart.
             part = tl.zeros((BLOCK_M, BLOCK_K), ACC) if DROPOUT else acc
+            # No mask: BLOCK_R divides every width, and padding is zero.
             for first in range(0, width, BLOCK_R):
-                ds_tile = tl.load(ds_rows + first)
+                ds_tile = tl.load(ds_rows + first)  # [BLOCK_M, BLOCK_R]
+                # [BLOCK_R, BLOCK_K]
                 a_tile = tl.load(a_rows + first * k, mask=in_columns, other=0.0)
                 part = tl.dot(ds_tile, a_tile, part, input_precision=PRECISION, out_dtype=ACC)
             if DROPOUT:
@@ -115,29 +121,23 @@ def dx_kernel(
 
 
 def dx(
+    group: Pass,
     dys: Sequence[Tensor],
-    weights: Sequence[Tensor],
     ds: Tensor,
-    packed: Packed,
-    table: ColumnTable | None,
-    seed: Tensor | None,
     outs: Sequence[Tensor],
     out_sources: Sequence[int],
-    launch: Launch,
-    *,
-    index64: bool,
 ) -> None:
     """Write the gradients of some sources.
 
     Args:
         dys: [m, n_i] for each site, last stride 1.
-        weights: [n_i, k]; empty where the base layers compute their own part.
-        ds: [m, columns].
-        table: of `tables.segments`; None if no branch reads any of the sources.
+        ds: [m, columns]; only its shape counts where no branch reads any of the sources.
         outs: [m, k_source], contiguous, in ascending order of source.
         out_sources: index of the source of each.
     """
-    m = ds.shape[0]
+    m, launch, weights = ds.shape[0], group.launch, group.call.weights
+    reads = {segment.source for segment in group.layout.segments}
+    table = segments(group) if reads.intersection(out_sources) else None
     block_r = table.block if table else 16
     base = bool(weights) and out_sources[0] == 0
     dense, strides, transposed = leading(weights)
@@ -166,14 +166,14 @@ def dx(
         ks,
         tuple(out_sources),
         ds,
-        packed.buffer,
+        group.packed.buffer,
         table.source if table else (0,),
         table.start if table else (0,),
         table.width if table else (0,),
         table.a if table else (0,),
         table.branch if table else (0,),
         table.threshold if table else (0.0,),
-        seed,
+        group.call.seed,
         m,
         ds.shape[1],
         SITES=len(dys) if base else 0,
@@ -181,9 +181,9 @@ def dx(
         SEGMENTS=len(table.source) if table else 0,
         DROPOUT=table is not None and table.dropout,
         PRECISION=launch.precision,
-        INDEX64=index64,
+        INDEX64=group.index64,
         EVEN_N=all(dy.shape[1] % tile.k == 0 for dy in dys),
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         BLOCK_M=tile.m,
         BLOCK_K=tile.n,
         BLOCK_N=tile.k,

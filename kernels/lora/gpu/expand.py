@@ -12,15 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..buckets import BucketLayout, ceil_div
-from .device import find, offsets, pick, swizzle
-from .launch import Launch, odd
-from .pack import Packed
-from .tables import common_block
+from .device import GROUP_M, ceil_div, find, offsets, pick, swizzle
+from .launch import odd
+from .tables import Pass, common_block, leading
 
-__all__ = ["expand", "expand_kernel", "leading"]
-
-_GROUP_M = 8
+__all__ = ["expand", "expand_kernel"]
 
 
 @triton.jit(do_not_specialize=["m", "splits"])
@@ -59,18 +55,22 @@ def expand_kernel(
 ):
     ACC: tl.constexpr = tl.float64 if s.dtype.element_ty == tl.float64 else tl.float32
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), 0
+    # The tiles of all sites stand in one row; unrolled, since `ns` is a tuple of arguments.
     for i in tl.static_range(len(ns)):
         tiles_n += tl.cdiv(ns[i], BLOCK_N)
+    # Persistent: a program takes every programs-th tile of that row, so that all sites share one
+    # launch and its last, partly filled wave.
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         block_m, block_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
         site, block_n = find(ns, block_n, BLOCK_N)
         n, width = pick(ns, site), pick(widths, site)
-        row = offsets(block_m * BLOCK_M, BLOCK_M, INDEX64)
-        column = offsets(block_n * BLOCK_N, BLOCK_N, INDEX64)
+        row = offsets(block_m * BLOCK_M, BLOCK_M, INDEX64)  # [BLOCK_M]
+        column = offsets(block_n * BLOCK_N, BLOCK_N, INDEX64)  # [BLOCK_N]
         in_rows, in_columns = row[:, None] < m, column[None, :] < n
         # Loads beyond the last row repeat it instead of being masked: the stores are, and a mask
         # costs instructions in every step.
         row_in, column_in = tl.minimum(row, m - 1), tl.minimum(column, n - 1)
+        # [BLOCK_M, BLOCK_N] pointers.
         out = pick(outs, site) + row[:, None] * pick(out_strides, site) + column[None, :]
         if BASE:
             acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -83,79 +83,58 @@ def expand_kernel(
             else:
                 w_columns = weight + column_in[None, :] * stride_w + inner[:, None]
             step = stride_w.to(tl.int64) if INDEX64 else stride_w
+            # The base matmul, over k. The site was chosen outside, so that only loads and a product
+            # are left for the compiler to pipeline.
             for first in range(0, k, BLOCK_K):
                 w_tiles = w_columns + (first * step if TRANSPOSED else first)
                 if EVEN_K:
-                    x_tile = tl.load(x_rows + first)
+                    x_tile = tl.load(x_rows + first)  # [BLOCK_M, BLOCK_K]
                 else:
                     x_tile = tl.load(x_rows + first, mask=first + inner[None, :] < k, other=0.0)
                 if EVEN_K and not TRANSPOSED:
-                    w_tile = tl.load(w_tiles)
+                    w_tile = tl.load(w_tiles)  # [BLOCK_K, BLOCK_N]
                 else:
                     in_w = in_columns & (first + inner[:, None] < k)
                     w_tile = tl.load(w_tiles, mask=in_w, other=0.0)
                 acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         else:
             acc = tl.load(out, mask=in_rows & in_columns, other=0.0).to(ACC)
-        rank = tl.arange(0, BLOCK_R)
+        rank = tl.arange(0, BLOCK_R)  # [BLOCK_R]
         s_place = row_in[:, None] * columns + pick(starts, site) + rank[None, :]
         s_rows = s + s_place
         b_columns = packed + pick(b_starts, site) + column_in[None, :] * width + rank[:, None]
+        # The branches, over the site's columns of S: the same product into the same accumulator. It
+        # has no mask, since BLOCK_R divides every width and padding is zero.
         for first in range(0, width, BLOCK_R):
             if SPLIT:
                 total = tl.zeros((BLOCK_M, BLOCK_R), parts.dtype.element_ty)
+                # In the order of the parts, whichever program wrote which first.
                 for part in range(splits):
                     total += tl.load(parts + part * m * columns + s_place + first)
                 s_tile = total.to(s.dtype.element_ty)
                 # For the backward pass, once: by the tile of the site's first columns.
                 tl.store(s_rows + first, s_tile, mask=in_rows & (block_n == 0))
             else:
-                s_tile = tl.load(s_rows + first)
-            b_tile = tl.load(b_columns + first)
+                s_tile = tl.load(s_rows + first)  # [BLOCK_M, BLOCK_R]
+            b_tile = tl.load(b_columns + first)  # [BLOCK_R, BLOCK_N]
             acc = tl.dot(s_tile, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
         if BIAS:
             in_bias = column < pick(bias_sizes, site)
-            bias = tl.load(pick(biases, site) + column, mask=in_bias, other=0.0)
+            bias = tl.load(pick(biases, site) + column, mask=in_bias, other=0.0)  # [BLOCK_N]
             acc += bias.to(ACC)[None, :]
         tl.store(out, acc.to(s.dtype.element_ty), mask=in_rows & in_columns)
 
 
-def leading(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[int], bool]:
-    """The weights with one dimension contiguous, their other strides, and whether it is n.
-
-    All of a group must agree; weights that do not are copied.
-    """
-    if all(weight.stride(1) == 1 for weight in weights):
-        return list(weights), [weight.stride(0) for weight in weights], False
-    if all(weight.stride(0) == 1 for weight in weights):
-        return list(weights), [weight.stride(1) for weight in weights], True
-    weights = [weight.contiguous() for weight in weights]
-    return weights, [weight.stride(0) for weight in weights], False
-
-
-def expand(
-    x: Tensor,
-    s: Tensor,
-    parts: Tensor | None,
-    packed: Packed,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    outs: Sequence[Tensor],
-    layout: BucketLayout,
-    launch: Launch,
-    *,
-    index64: bool,
-) -> None:
-    """Write every site's output.
+def expand(group: Pass, s: Tensor, parts: Tensor | None, outs: Sequence[Tensor]) -> None:
+    """Write every site's output, or add the low-rank parts to it where the call has no weights.
 
     Args:
-        x: [m, k], last stride 1.
-        s: [m, layout.columns]; written here if there are parts.
-        parts: [splits, m, layout.columns] of `shrink`, or None.
-        weights: [n_i, k] of the sites; empty to add the low-rank parts to what `outs` holds.
-        biases: [n_i] or None; empty like weights.
-        outs: [m, n_i], last stride 1.
+        s: [m, columns]; written here if there are parts.
+        parts: [splits, m, columns] of `shrink`, or None.
+        outs: [m, n_i] for each site, last stride 1.
     """
+    x, layout, launch = group.sources[0], group.layout, group.launch
+    weights, biases = group.call.weights, group.call.biases
     m, k = x.shape
     ns = tuple(out.shape[1] for out in outs)
     block_r = common_block(columns.width for columns in layout.site)
@@ -173,7 +152,7 @@ def expand(
         x,
         s,
         s if parts is None else parts,
-        packed.buffer,
+        group.packed.buffer,
         tuple(dense) or tuple(outs),
         tuple(given[0] if bias is None else bias for bias in biases) if given else tuple(outs),
         tuple(outs),
@@ -183,7 +162,7 @@ def expand(
         tuple(0 if bias is None else bias.shape[0] for bias in biases) if given else ns,
         tuple(columns.start for columns in layout.site),
         tuple(columns.width for columns in layout.site),
-        packed.b,
+        group.packed.b,
         m,
         k,
         x.stride(0),
@@ -194,9 +173,9 @@ def expand(
         SPLIT=few,
         BIAS=bool(given),
         PRECISION=launch.precision,
-        INDEX64=index64,
+        INDEX64=group.index64,
         EVEN_K=k % tile.k == 0,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,

@@ -11,16 +11,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..buckets import BucketLayout, ceil_div
-from .device import swizzle
-from .expand import leading
-from .launch import Launch
-from .pack import Packed
-from .tables import common_block
+from .device import GROUP_M, ceil_div, swizzle
+from .tables import Pass, common_block, leading
 
 __all__ = ["describable", "expand_tma", "expand_tma_kernel"]
-
-_GROUP_M = 8
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -47,27 +41,32 @@ def expand_tma_kernel(
     BLOCK_R: tl.constexpr,
 ):
     tiles_m, programs, passed = tl.cdiv(m, BLOCK_M), tl.num_programs(0), 0
+    # Unrolled: a site's descriptors are arguments that no run-time index can choose.
     for i in tl.static_range(len(ns)):
         tiles_n = tl.cdiv(ns[i], BLOCK_N)
         # The first tile of this site among every programs-th tile of the whole row.
         turn = (tl.program_id(0) + programs - passed % programs) % programs
+        # Persistent across sites: a program goes on where the last site's tiles ended.
         for tile in range(turn, tiles_m * tiles_n, programs):
             block_m, block_n = swizzle(tile, tiles_m, tiles_n, GROUP_M)
             row, column = block_m * BLOCK_M, block_n * BLOCK_N
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            # The base matmul, over k. Descriptors read zeros beyond the edges, so that no step has
+            # a mask.
             for first in range(0, k, BLOCK_K):
-                x_tile = x.load([row, first])
+                x_tile = x.load([row, first])  # [BLOCK_M, BLOCK_K]
                 if TRANSPOSED:
-                    w_tile = weights[i].load([first, column])
+                    w_tile = weights[i].load([first, column])  # [BLOCK_K, BLOCK_N]
                 else:
                     w_tile = weights[i].load([column, first]).T
                 acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            # The branches, over the site's columns of S, into the same accumulator.
             for first in range(0, widths[i], BLOCK_R):
-                s_tile = s.load([row, starts[i] + first])
-                b_tile = packed_b[i].load([column, first])
+                s_tile = s.load([row, starts[i] + first])  # [BLOCK_M, BLOCK_R]
+                b_tile = packed_b[i].load([column, first])  # [BLOCK_N, BLOCK_R]
                 acc = tl.dot(s_tile, b_tile.T, acc, input_precision=PRECISION)
             if BIAS:
-                at = column + tl.arange(0, BLOCK_N)
+                at = column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
                 bias = tl.load(biases[i] + at, mask=at < bias_sizes[i], other=0.0)
                 acc += bias.to(tl.float32)[None, :]
             outs[i].store([row, column], acc.to(outs[i].dtype))
@@ -85,17 +84,10 @@ def describable(*tensors: Tensor) -> bool:
     )
 
 
-def expand_tma(
-    x: Tensor,
-    s: Tensor,
-    packed: Packed,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    outs: Sequence[Tensor],
-    layout: BucketLayout,
-    launch: Launch,
-) -> None:
-    """Write every site's output; arguments as `expand`, all of them `describable`."""
+def expand_tma(group: Pass, s: Tensor, outs: Sequence[Tensor]) -> None:
+    """Write every site's output; arguments as for `expand`, all matrices `describable`."""
+    x, layout, launch = group.sources[0], group.layout, group.launch
+    packed, weights, biases = group.packed, group.call.weights, group.call.biases
     m, k = x.shape
     ns = tuple(out.shape[1] for out in outs)
     block_r = common_block(columns.width for columns in layout.site)
@@ -139,7 +131,7 @@ def expand_tma(
         TRANSPOSED=transposed,
         BIAS=bool(given),
         PRECISION=launch.precision,
-        GROUP_M=_GROUP_M,
+        GROUP_M=GROUP_M,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,

@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..buckets import BucketLayout, ceil_div
-from .device import pick
+from ..group import BucketLayout, Call
+from .device import ceil_div, pick
 from .launch import Launch
 
-__all__ = ["Packed", "pack", "pack_kernel"]
+__all__ = ["Packed", "one_dtype", "pack", "pack_kernel"]
 
 _BLOCK = 1024
 
@@ -44,11 +44,13 @@ def pack_kernel(
     BRANCHES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # A program copies BLOCK elements of one factor: the A of branch j, or its B.
     problem = tl.program_id(1)
     j = problem % BRANCHES
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     rank_columns = pick(buckets, j)
     if problem < BRANCHES:
+        # The rows of A that pad its rank lie at its end, so that flat indices stay the same.
         inside = index < pick(sizes_a, j)
         value = tl.load(pick(factors_a, j) + index, mask=inside, other=0.0)
         target = packed + pick(starts_a, j) + index
@@ -57,6 +59,7 @@ def pack_kernel(
         rows = pick(rows_b, j)
         # A rank passed as such would compile the kernel anew for each; sizes are multiples of 16.
         rank = pick(sizes_b, j) // rows
+        # B is written row by row at the padded width, into the columns of its site.
         row, column = index // rank_columns, index % rank_columns
         inside = (row < rows) & (column < rank)
         factor = tl.load(pick(factors_b, j) + row * rank + column, mask=inside, other=0.0)
@@ -64,6 +67,7 @@ def pack_kernel(
         scaled *= pick(scales, j)
         flat = packed + pick(starts_b, j) + row * pick(strides_b, j) + column
         tl.store(flat, scaled.to(packed.dtype.element_ty), mask=row < rows)
+        # One flag for each of its columns: the first elements write these.
         flag = packed + pick(starts_valid, j) + index
         is_rank = (index < rank).to(packed.dtype.element_ty)
         tl.store(flag, is_rank, mask=index < rank_columns)
@@ -119,11 +123,11 @@ def _plan(
         start_a[j] = position
         position += width[j] * ks[j]
     for j in order:
-        site = layout.site[layout.site_of[j]]
+        site = layout.site[layout.branch_site[j]]
         if layout.branch[j].start == site.start:
-            start_b[layout.site_of[j]] = position
+            start_b[layout.branch_site[j]] = position
             position += site.width * ns[j]
-    sites = [layout.site[layout.site_of[j]] for j in order]
+    sites = [layout.site[layout.branch_site[j]] for j in order]
     tables = (
         tuple(ranks[j] * ks[j] for j in order),
         tuple(width[j] * ks[j] for j in order),
@@ -132,7 +136,7 @@ def _plan(
         tuple(ns[j] for j in order),
         tuple(width[j] for j in order),
         tuple(
-            start_b[layout.site_of[j]] + layout.branch[j].start - site.start
+            start_b[layout.branch_site[j]] + layout.branch[j].start - site.start
             for j, site in zip(order, sites, strict=True)
         ),
         tuple(site.width for site in sites),
@@ -149,21 +153,15 @@ def _plan(
     )
 
 
-def pack(
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    layout: BucketLayout,
-    x: Tensor,
-    launch: Launch,
-) -> Packed:
-    """Launch: one program per 1024 elements of each factor.
+def one_dtype(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors, all in float32 if their dtypes differ: a table holds pointers of one type."""
+    dtypes = {factor.dtype for factor in factors}
+    return list(factors) if len(dtypes) < 2 else [factor.float() for factor in factors]
 
-    Args:
-        a, b: [r, k_source] and [n, r] for each branch; A all of one dtype, B all of one dtype.
-        scales: multiplied into B.
-        x: gives dtype and device.
-    """
+
+def pack(call: Call, layout: BucketLayout, launch: Launch) -> Packed:
+    """Launch one program per 1024 elements of each factor of a call, B times its scale."""
+    x, a, b = call.sources[0], one_dtype(call.a), one_dtype(call.b)
     ranks, ks = zip(*(factor.shape for factor in a), strict=True) if a else ((), ())
     plan = _plan(layout, ks, tuple(factor.shape[0] for factor in b), ranks)
     buffer = torch.empty(plan.size, dtype=x.dtype, device=x.device)
@@ -175,7 +173,7 @@ def pack(
             tuple(b[j].contiguous() for j in plan.order),
             buffer,
             *plan.tables,
-            tuple(float(scales[j]) for j in plan.order),
+            tuple(float(call.scales[j]) for j in plan.order),
             BRANCHES=len(plan.order),
             BLOCK=_BLOCK,
             # With four, the assembler spills for some numbers of branches on sm_120.

@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..buckets import ceil_div
-from .device import pick
+from .device import ceil_div, pick
 from .launch import Launch
-from .tables import alike
+from .tables import times16
 
-__all__ = ["Sum", "reduce_kernel", "reduce_splits"]
+__all__ = ["Part", "Sum", "reduce_kernel", "reduce_splits"]
 
 _BLOCK = 1024
 
@@ -26,7 +25,7 @@ _BLOCK = 1024
 def reduce_kernel(
     outs,  # per problem: [rows, columns], rows out_strides apart
     parts,  # fp32 (fp64 for fp64 outputs), from the first part on
-    sizes,  # rows * columns; this and the next three times 16, see `tables.alike`
+    sizes,  # rows * columns; this and the next three times 16, see `tables.times16`
     rows,
     out_strides,
     part_strides,  # elements between a part's rows
@@ -39,17 +38,37 @@ def reduce_kernel(
     size = pick(sizes, problem) // 16
     columns = pick(sizes, problem) // pick(rows, problem)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < size
+    inside = index < size  # [BLOCK]
     row, column = index // columns, index % columns
     part = pick(parts, problem)
     source = part + row * pick(part_strides, problem) + column
     acc = tl.zeros((BLOCK,), part.dtype.element_ty)
+    # In ascending order, by one program for each element: the same sum every time.
     for _ in range(pick(splits, problem) // 16):
         acc += tl.load(source, mask=inside, other=0.0)
         source += pick(split_strides, problem)
     out = pick(outs, problem)
     value = (acc * pick(scales, problem)).to(out.dtype.element_ty)
     tl.store(out + row * (pick(out_strides, problem) // 16) + column, value, mask=inside)
+
+
+class Part(NamedTuple):
+    """Parts of a gradient that belong to some columns of S.
+
+    Attributes:
+        start, stop: the columns.
+        parts: flat, fp32, from the first part on: dB as [n, width], dA as [width, k].
+        part_stride: elements between a part's rows.
+        split_stride: elements between parts.
+        splits: how many parts.
+    """
+
+    start: int
+    stop: int
+    parts: Tensor
+    part_stride: int
+    split_stride: int
+    splits: int
 
 
 class Sum(NamedTuple):
@@ -84,12 +103,12 @@ def reduce_splits(sums: Sequence[Sum], launch: Launch) -> None:
             (ceil_div(largest, _BLOCK), len(some)),
             tuple(item.out for item in some),
             tuple(item.parts for item in some),
-            alike(item.out.numel() for item in some),
-            alike(item.out.shape[0] for item in some),
-            alike(item.out.stride(0) for item in some),
+            times16(item.out.numel() for item in some),
+            times16(item.out.shape[0] for item in some),
+            times16(item.out.stride(0) for item in some),
             tuple(item.part_stride for item in some),
             tuple(item.split_stride for item in some),
-            alike(item.splits for item in some),
+            times16(item.splits for item in some),
             tuple(item.scale for item in some),
             BLOCK=_BLOCK,
             num_warps=4,

@@ -7,17 +7,17 @@ add to the branch's Gram matrix and to the sum of |factor * gradient|; `reduce` 
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import is_hip
 
-from ..buckets import BUCKETS, BucketLayout, ceil_div
-from .device import find, keep_tile, offsets, pick
-from .launch import Launch, odd
+from ..group import BUCKETS
+from .device import ceil_div, find, keep_tile, offsets, pick
+from .launch import odd
+from .pack import one_dtype
 from .reduce import Sum, reduce_splits
-from .tables import alike, thresholds
+from .tables import Pass, accumulator, block_for, thresholds, times16
 
 __all__ = ["LARGEST_RANK", "score", "score_kernel"]
 
@@ -26,13 +26,13 @@ LARGEST_RANK = BUCKETS[-1]
 
 @triton.jit(do_not_specialize=["m"])
 def score_kernel(
-    lefts,  # per problem (a branch): the wide matrix, [m, size]: dY for dB, the source for dA
-    left_strides,
+    wides,  # per problem (a branch): the wide matrix, [m, size]: dY for dB, the source for dA
+    wide_strides,
     sizes,
-    low,  # the narrow matrix, [m, columns]: S for dB, dS for dA
+    narrow,  # the narrow matrix, [m, columns]: S for dB, dS for dA
     starts,  # the branch's columns of it
     widths,  # the rank, padded; the columns beyond the rank are zero
-    ranks,  # times 16, see `tables.alike`
+    ranks,  # times 16, see `tables.times16`
     factors,  # B [size, rank], or A [rank, size]
     previous,  # sums of earlier gradients, like the factors; unused without PREVIOUS
     scales,
@@ -51,14 +51,14 @@ def score_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    WIDE: tl.constexpr = low.dtype.element_ty == tl.float64
+    WIDE: tl.constexpr = narrow.dtype.element_ty == tl.float64
     ACC: tl.constexpr = tl.float64 if WIDE else tl.float32
     problem, block = find(sizes, tl.program_id(0), BLOCK_N)
     rank, size = pick(ranks, problem) // 16, pick(sizes, problem)
     width = pick(widths, problem)
-    left, stride = pick(lefts, problem), pick(left_strides, problem)
-    column = offsets(block * BLOCK_N, BLOCK_N, INDEX64)
-    lane = tl.arange(0, BLOCK_R)
+    wide, stride = pick(wides, problem), pick(wide_strides, problem)
+    column = offsets(block * BLOCK_N, BLOCK_N, INDEX64)  # [BLOCK_N]
+    lane = tl.arange(0, BLOCK_R)  # [BLOCK_R]
     inside = (lane[:, None] < rank) & (column[None, :] < size)
     if DROPOUT:
         key, branch, threshold = (
@@ -67,13 +67,17 @@ def score_kernel(
             pick(thresholds, problem),
         )
     acc = tl.zeros((BLOCK_R, BLOCK_N), ACC)
+    # Over all rows: |factor * gradient| needs the finished sum, so no other program may hold a part
+    # of it, and the columns alone are divided.
     for top in range(0, m, BLOCK_M):
         row = offsets(top, BLOCK_M, INDEX64)
         in_rows = row[:, None] < m
-        wide = left + row[:, None] * stride + column[None, :]
-        wide_tile = tl.load(wide, mask=in_rows & (column[None, :] < size), other=0.0)
-        narrow = low + row[:, None] * columns + pick(starts, problem) + lane[None, :]
-        narrow_tile = tl.load(narrow, mask=in_rows & (lane[None, :] < width), other=0.0)
+        wide_rows = wide + row[:, None] * stride + column[None, :]
+        # [BLOCK_M, BLOCK_N]
+        wide_tile = tl.load(wide_rows, mask=in_rows & (column[None, :] < size), other=0.0)
+        narrow_rows = narrow + row[:, None] * columns + pick(starts, problem) + lane[None, :]
+        # [BLOCK_M, BLOCK_R]
+        narrow_tile = tl.load(narrow_rows, mask=in_rows & (lane[None, :] < width), other=0.0)
         if DROPOUT:
             keep = keep_tile(key, branch, threshold, row, block * BLOCK_N, BLOCK_M, BLOCK_N)
             wide_tile = tl.where(keep, wide_tile, 0.0)
@@ -90,6 +94,7 @@ def score_kernel(
     if PREVIOUS:
         acc += tl.load(pick(previous, problem) + at, mask=inside, other=0.0)
     acc = tl.where(inside, acc, 0.0)
+    # [BLOCK_R, BLOCK_N], like the gradient.
     factor = tl.load(pick(factors, problem) + at, mask=inside, other=0.0).to(ACC)
     part = parts + tl.program_id(0).to(tl.int64) * (BLOCK_R * BLOCK_R + 16)
     # Three products of TF32 are as exact as one of float32, which NVIDIA's tensor cores lack.
@@ -100,77 +105,78 @@ def score_kernel(
 
 
 def score(
-    lefts: Sequence[Tensor],
-    low: Tensor,
-    factors: Sequence[Tensor],
+    group: Pass,
+    wides: Sequence[Tensor],
+    narrow: Tensor,
     previous: Sequence[Tensor],
-    scales: Sequence[float],
-    branches: Sequence[int],
-    dropout: Sequence[float],
-    seed: Tensor | None,
-    layout: BucketLayout,
-    launch: Launch,
     *,
     by_rank: bool,
-    index64: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gram matrix [r, r] and sum of |factor * gradient| [] of some branches, fp32 (fp64 for fp64).
+    """The statistics of every dA, or of every dB, in fp32 (fp64 for fp64).
 
     Args:
-        lefts: for each branch dY [m, n], for dB, or its source [m, k], for dA; last stride 1.
-        low: S for dB, dS for dA, [m, layout.columns].
-        factors: B [n, r] or A [r, k] of each, contiguous, of one dtype; 0 < r <= LARGEST_RANK.
-        previous: earlier gradients to add, in the dtype of the result; or empty.
-        scales: multiplied into the gradients.
-        branches: the index of each in the layout.
-        dropout: probability for each; above 0 for dA only.
-        by_rank: whether the factors are A.
+        wides: every source [m, k_i], for dA, or every dY [m, n_i], for dB; last stride 1.
+        narrow: dS for dA, S for dB, [m, columns].
+        previous: for each branch an earlier gradient to add, in the dtype of the result; or empty.
+        by_rank: whether it is dA.
+
+    Returns:
+        The Gram matrix [r, r] and the sum of |factor * gradient| [] of each branch of a rank above
+        0, which `LARGEST_RANK` bounds.
     """
-    m = low.shape[0]
+    call, layout, launch = group.call, group.layout, group.launch
+    branches = [j for j, rank in enumerate(call.ranks) if rank]
+    of_branch = call.branch_source if by_rank else call.branch_site
+    wides = [wides[of_branch[j]] for j in branches]
+    factors = one_dtype([(call.a if by_rank else call.b)[j].contiguous() for j in branches])
+    earlier = [previous[j].contiguous() for j in branches] if previous else []
+    scales = [1.0 if by_rank else float(call.scales[j]) for j in branches]
+    dropout = [call.dropout[j] if by_rank else 0.0 for j in branches]
+    m = narrow.shape[0]
     ranks = [factor.shape[0 if by_rank else 1] for factor in factors]
-    block_r = next(size for size in BUCKETS if size >= max(ranks))
-    tile = launch.tile("score", block_r, odd=odd(*lefts), dropout=any(dropout))
-    sizes = [left.shape[1] for left in lefts]
+    block_r = block_for(max(ranks))
+    tile = launch.tile("score", block_r, odd=odd(*wides), dropout=any(dropout))
+    sizes = [wide.shape[1] for wide in wides]
     blocks = [ceil_div(size, tile.n) for size in sizes]
-    wide = torch.float64 if low.dtype == torch.float64 else torch.float32
+    dtype = accumulator(narrow.dtype)
     part_size = block_r * block_r + 16
-    parts = low.new_empty(sum(blocks) * part_size, dtype=wide)
+    parts = narrow.new_empty(sum(blocks) * part_size, dtype=dtype)
     launch.start(
         score_kernel,
         (sum(blocks),),
-        tuple(lefts),
-        tuple(left.stride(0) for left in lefts),
+        tuple(wides),
+        tuple(wide.stride(0) for wide in wides),
         tuple(sizes),
-        low,
+        narrow,
         tuple(layout.branch[j].start for j in branches),
         tuple(layout.branch[j].width for j in branches),
-        alike(ranks),
+        times16(ranks),
         tuple(factors),
-        tuple(previous) or tuple(factors),
-        tuple(float(scale) for scale in scales),
-        alike(branches),
+        tuple(earlier) or tuple(factors),
+        tuple(scales),
+        times16(branches),
         thresholds(dropout),
-        seed,
+        call.seed,
         parts,
         m,
         layout.columns,
         BY_RANK=by_rank,
-        PREVIOUS=bool(previous),
+        PREVIOUS=bool(earlier),
         DROPOUT=any(dropout),
         PRECISION=launch.precision,
-        INDEX64=index64,
+        INDEX64=group.index64,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_R=block_r,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    found = [low.new_empty(rank, rank, dtype=wide) for rank in ranks]
-    totals = [low.new_empty((), dtype=wide) for _ in ranks]
+    grams = [narrow.new_empty(rank, rank, dtype=dtype) for rank in ranks]
+    totals = [narrow.new_empty((), dtype=dtype) for _ in ranks]
     todo = []
     for p, count in enumerate(blocks):
         gram = parts[sum(blocks[:p]) * part_size :]
-        todo.append(Sum(found[p], gram, block_r, part_size, count))
+        todo.append(Sum(grams[p], gram, block_r, part_size, count))
         todo.append(Sum(totals[p].view(1, 1), gram[block_r * block_r :], 1, part_size, count))
     reduce_splits(todo, launch)
-    return found, totals
+    return grams, totals

@@ -4,23 +4,19 @@ The product is [m, k] x [k, columns] with few columns, so it costs one read of e
 computed from the same source share that read, up to 128 of them.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..buckets import BucketLayout, ceil_div
-from .device import keep_tile, offsets, pick
-from .launch import Launch, odd
-from .pack import Packed
-from .tables import chunks
+from .device import ceil_div, keep_tile, offsets, pick
+from .launch import odd
+from .tables import Pass, accumulator, chunks
 
 __all__ = ["shrink", "shrink_kernel"]
 
-# Rows at a time where there are many.
-_ROWS = 64
+# Rows that a program takes where there are many.
+_ROWS_EACH = 64
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -34,7 +30,7 @@ def shrink_kernel(
     starts,
     widths,
     starts_a,
-    branches,  # times 16, see `tables.alike`
+    branches,  # times 16, see `tables.times16`
     thresholds,  # drop probability in units of 2^-16
     seed,
     valid,
@@ -52,9 +48,9 @@ def shrink_kernel(
     source = pick(chunk_sources, chunk)
     u, k = pick(sources, source), pick(ks, source)
     width = pick(widths, chunk)
-    row = offsets(tl.program_id(0) * BLOCK_M, BLOCK_M, INDEX64)
-    rank = offsets(0, BLOCK_R, INDEX64)
-    column = tl.arange(0, BLOCK_K)
+    row = offsets(tl.program_id(0) * BLOCK_M, BLOCK_M, INDEX64)  # [BLOCK_M]
+    rank = offsets(0, BLOCK_R, INDEX64)  # [BLOCK_R]
+    column = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     # Loads beyond the last row repeat it instead of being masked: the store is.
     u_rows = u + tl.minimum(row, m - 1)[:, None] * pick(source_strides, source)
     a_rows = packed + pick(starts_a, chunk) + rank[None, :] * k
@@ -62,65 +58,56 @@ def shrink_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
     if DROPOUT:
         key, branch, threshold = tl.load(seed), pick(branches, chunk) // 16, pick(thresholds, chunk)
+    # Over this program's share of k, cut at whole blocks. Reading u is what costs, so that one read
+    # serves all columns of the chunk, which may be those of several branches.
     per_split = tl.cdiv(tl.cdiv(k, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     for first in range(split * per_split, min((split + 1) * per_split, k), BLOCK_K):
         inside_a = rank[None, :] < width
         if EVEN_K:
-            u_tile = tl.load(u_rows + first + column[None, :])
+            u_tile = tl.load(u_rows + first + column[None, :])  # [BLOCK_M, BLOCK_K]
         else:
             inside_u = first + column[None, :] < k
             u_tile = tl.load(u_rows + first + column[None, :], mask=inside_u, other=0.0)
             inside_a &= first + column[:, None] < k
+        # [BLOCK_K, BLOCK_R]; zero beyond the chunk's columns.
         a_tile = tl.load(a_rows + first + column[:, None], mask=inside_a, other=0.0)
         if DROPOUT:
             keep = keep_tile(key, branch, threshold, row, first, BLOCK_M, BLOCK_K)
             u_tile = tl.where(keep, u_tile, 0.0)
         acc = tl.dot(u_tile, a_tile, acc, input_precision=PRECISION, out_dtype=ACC)
+    # Once for the sum instead of for each kept element.
     if DROPOUT:
         acc *= 65536.0 / (65536.0 - threshold.to(ACC))
     start = pick(starts, chunk)
     # Padding is written as zero, not as computed: infinity times a zero of A is not a number.
     flags = tl.load(packed + valid + start + rank, mask=rank < width, other=0.0)
     acc = tl.where(flags.to(tl.float32)[None, :] > 0, acc, 0.0)
+    # [BLOCK_M, BLOCK_R] of this split's part of S.
     target = s + (split * m + row[:, None]) * columns + start + rank[None, :]
     tl.store(target, acc.to(s.dtype.element_ty), mask=(row[:, None] < m) & (rank[None, :] < width))
 
 
-def shrink(
-    sources: Sequence[Tensor],
-    packed: Packed,
-    layout: BucketLayout,
-    dropout: Sequence[float],
-    seed: Tensor | None,
-    launch: Launch,
-    *,
-    index64: bool,
-) -> tuple[Tensor, Tensor | None]:
+def shrink(group: Pass) -> tuple[Tensor, Tensor | None]:
     """S [m, columns] in the dtype of x, and None; or room for it, and the parts it is the sum of.
 
     Few rows leave most programs idle, so that several share a sum over k. `expand` adds up.
 
-    Args:
-        sources: [m, k_i] each, last stride 1.
-        packed: as `pack` made it.
-        dropout: probability for each branch.
-        seed: int64 scalar if any is above 0.
-
     Returns:
         S, and its parts [splits, m, columns] in float32 (float64 for float64) if the sum was split.
     """
+    sources, layout, launch = group.sources, group.layout, group.launch
     m, x = sources[0].shape[0], sources[0]
     ks = [source.shape[1] for source in sources]
     s = torch.empty(m, layout.columns, dtype=x.dtype, device=x.device)
     if not layout.columns or not m:
         return s, None
-    table = chunks(layout, packed, ks, dropout)
+    table = chunks(group)
     tile = launch.tile(
         "shrink",
         table.block,
         odd=odd(*sources),
         dropout=table.dropout,
-        few=2 * ceil_div(m, _ROWS) * len(table.start) <= launch.programs,
+        few=2 * ceil_div(m, _ROWS_EACH) * len(table.start) <= launch.programs,
         m=m,
         ns=ks[:1],
         k=ks[0],
@@ -132,15 +119,15 @@ def shrink(
     splits = 1 if splits < 3 else splits
     parts = None
     if splits > 1:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        parts = torch.empty(splits, m, layout.columns, dtype=wide, device=x.device)
+        dtype = accumulator(x.dtype)
+        parts = torch.empty(splits, m, layout.columns, dtype=dtype, device=x.device)
     launch.start(
         shrink_kernel,
         (row_blocks, len(table.start), splits),
         tuple(sources),
         tuple(source.stride(0) for source in sources),
         tuple(ks),
-        packed.buffer,
+        group.packed.buffer,
         s if parts is None else parts,
         table.source,
         table.start,
@@ -148,13 +135,13 @@ def shrink(
         table.a,
         table.branch,
         table.threshold,
-        seed,
-        packed.valid,
+        group.call.seed,
+        group.packed.valid,
         m,
         layout.columns,
         DROPOUT=table.dropout,
         PRECISION=launch.precision,
-        INDEX64=index64,
+        INDEX64=group.index64,
         EVEN_K=all(k % tile.k == 0 for k in ks),
         BLOCK_M=tile.m,
         BLOCK_R=table.block,

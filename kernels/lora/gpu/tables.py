@@ -1,13 +1,49 @@
-"""Problem tables built on the host: which columns of S a program works on, and from what."""
+"""What the launches of one pass share, and the problem tables that are made of it on the host."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-from ..buckets import BUCKETS, BucketLayout
+import torch
+from torch import Tensor
+
+from ..group import BUCKETS, BucketLayout, Call
+from .launch import Launch
 from .pack import Packed
 
-__all__ = ["ColumnTable", "alike", "chunks", "common_block", "segments", "thresholds"]
+__all__ = [
+    "ColumnTable",
+    "Pass",
+    "accumulator",
+    "block_for",
+    "chunks",
+    "common_block",
+    "leading",
+    "segments",
+    "thresholds",
+    "times16",
+]
+
+
+class Pass(NamedTuple):
+    """One pass over a group, forward or backward: what all of its launches share.
+
+    Attributes:
+        call: the operands.
+        sources: those of the call as [m, k_i], each with a last stride of 1.
+        layout: where each branch lies in S.
+        packed: every A and B.
+        launch: tiles and options.
+        index64: whether offsets into any of the matrices can pass 2^31.
+    """
+
+    call: Call
+    sources: Sequence[Tensor]
+    layout: BucketLayout
+    packed: Packed
+    launch: Launch
+    index64: bool
 
 
 @dataclass(frozen=True)
@@ -19,7 +55,7 @@ class ColumnTable:
         source: index of the source of each run.
         start, width: its columns.
         a: element of the packed buffer where its rows of A begin.
-        branch: its branch, times 16 (:func:`alike`), if the source is dropped out, else 0.
+        branch: its branch, times 16 (:func:`times16`), if the source is dropped out, else 0.
         threshold: of :func:`thresholds`.
         dropout: whether any threshold is above 0.
     """
@@ -34,8 +70,13 @@ class ColumnTable:
     dropout: bool
 
 
-def alike(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Times 16, to be divided in the kernel: for entries such as ranks.
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the kernels add up in, and write parts of a sum in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def times16(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Table entries such as ranks, to be divided by 16 in the kernel.
 
     The compiler makes a kernel of its own for every mixture of ones, multiples of 16 and others
     among a table's integers; all of these are multiples of 16 and none is 1.
@@ -49,52 +90,56 @@ def thresholds(dropout: Iterable[float]) -> tuple[float, ...]:
     return tuple(float(round(p * 65536)) for p in dropout)
 
 
+def block_for(width: int) -> int:
+    """The smallest bucket that holds so many columns, or the largest there is."""
+    return next((size for size in BUCKETS if size >= width), BUCKETS[-1])
+
+
 def common_block(widths: Iterable[int]) -> int:
     """The largest block that divides all widths, so that a loop over it needs no mask."""
     widths = list(widths)
     return next(size for size in (64, 32, 16) if all(width % size == 0 for width in widths))
 
 
-def chunks(
-    layout: BucketLayout, packed: Packed, ks: Sequence[int], dropout: Sequence[float]
-) -> ColumnTable:
+def leading(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[int], bool]:
+    """The weights with one dimension contiguous, their other strides, and whether it is n.
+
+    All of a group must agree; weights that do not are copied.
+    """
+    if all(weight.stride(1) == 1 for weight in weights):
+        return list(weights), [weight.stride(0) for weight in weights], False
+    if all(weight.stride(0) == 1 for weight in weights):
+        return list(weights), [weight.stride(1) for weight in weights], True
+    weights = [weight.contiguous() for weight in weights]
+    return weights, [weight.stride(0) for weight in weights], False
+
+
+def chunks(group: Pass) -> ColumnTable:
     """Every segment cut into chunks of at most `block` columns, the bucket of the widest."""
-    return _chunks(layout, packed.a, tuple(ks), tuple(dropout))
+    return _table(group.layout, group.packed.a, *_about(group), cut=True)
 
 
-def segments(
-    layout: BucketLayout, packed: Packed, ks: Sequence[int], dropout: Sequence[float]
-) -> ColumnTable:
+def segments(group: Pass) -> ColumnTable:
     """Every segment whole; `block` divides all widths."""
-    return _segments(layout, packed.a, tuple(ks), tuple(dropout))
+    return _table(group.layout, group.packed.a, *_about(group), cut=False)
 
 
-@lru_cache(maxsize=4096)
-def _chunks(
-    layout: BucketLayout, starts_a: tuple[int, ...], ks: tuple[int, ...], dropout: tuple[float, ...]
-) -> ColumnTable:
-    widest = max(segment.width for segment in layout.segments)
-    block = next((size for size in BUCKETS if size >= widest), BUCKETS[-1])
-    return _table(layout, starts_a, ks, dropout, block, cut=True)
+def _about(group: Pass) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    return tuple(source.shape[1] for source in group.sources), tuple(group.call.dropout)
 
 
-@lru_cache(maxsize=4096)
-def _segments(
-    layout: BucketLayout, starts_a: tuple[int, ...], ks: tuple[int, ...], dropout: tuple[float, ...]
-) -> ColumnTable:
-    block = common_block(segment.width for segment in layout.segments)
-    return _table(layout, starts_a, ks, dropout, block, cut=False)
-
-
+# Making a table takes longer than a launch.
+@lru_cache(maxsize=8192)
 def _table(
     layout: BucketLayout,
     starts_a: tuple[int, ...],
     ks: tuple[int, ...],
     dropout: tuple[float, ...],
-    block: int,
     *,
     cut: bool,
 ) -> ColumnTable:
+    widths = [segment.width for segment in layout.segments]
+    block = block_for(max(widths)) if cut else common_block(widths)
     branch_at = {columns.start: j for j, columns in enumerate(layout.branch) if columns.width}
     runs = [
         (segment, start, min(segment.stop - start, block) if cut else segment.width)
@@ -113,7 +158,7 @@ def _table(
             starts_a[branch_at[segment.start]] + (start - segment.start) * ks[segment.source]
             for segment, start, _ in runs
         ),
-        branch=alike(max(segment.branch, 0) for segment, _, _ in runs),
+        branch=times16(max(segment.branch, 0) for segment, _, _ in runs),
         threshold=threshold,
         dropout=any(threshold),
     )

@@ -9,20 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..aten import linear as aten
-from ..dispatch.paths import choose
-from ..group import Branch
-from .call import operands
-from .linear import _buckets, _fake_s, _gradients, _layout, _refuse_second_derivative
+from ..group import Branch, Call
+from .autograd import GroupFunction, flatten
+from .call import added_call
+from .registry import OPERANDS, backend, below_autograd, register
 
 __all__ = ["low_rank_add"]
-
-_LIBRARY = torch.library.Library("heterolora", "FRAGMENT")
-_LIBRARY.define(
-    "low_rank_add_(Tensor(a!)[] outputs, Tensor[] sources, Tensor[] a, Tensor[] b, float[] scales, "
-    "int[] branch_site, int[] branch_source, float[] dropout, Tensor? seed, str implementation) "
-    "-> Tensor"
-)
 
 
 def low_rank_add(
@@ -69,49 +61,15 @@ def low_rank_add(
     """
     if not outputs:
         raise ValueError("low_rank_add needs at least one output")
-    dtype = outputs[0].dtype
-    _check(outputs, x, branches)
-    if not any(branch.a.shape[0] for branch in branches):
+    call = added_call(outputs, x, branches, seed, implementation)
+    if not any(call.ranks):
         return list(outputs)
-    factors = [f for branch in branches for f in (branch.a, branch.b)]
-    x_cast = x.to(dtype)
-    given = operands(x_cast, branches, seed, choose(implementation, x_cast, factors))
-    read = [x, *given.sources, *(b.source for b in branches if b.source is not None)]
+    read = [x, *call.sources, *(b.source for b in branches if b.source is not None)]
     targets = _targets(outputs, read)
-    torch.ops.heterolora.low_rank_add_(targets, *given)
+    torch.ops.heterolora.low_rank_add_(targets, *call)
     return [
         t.view(y.shape) if t.dim() != y.dim() else t for t, y in zip(targets, outputs, strict=True)
     ]
-
-
-def _check(outputs: Sequence[Tensor], x: Tensor, branches: Sequence[Branch]) -> None:
-    first = outputs[0]
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be a float tensor [..., k], got {x.dtype} {tuple(x.shape)}")
-    for i, y in enumerate(outputs):
-        if not y.is_floating_point() or (y.dtype, y.device) != (first.dtype, x.device):
-            raise ValueError(
-                f"output {i}: {y.dtype} on {y.device}, but all must be of one float dtype on "
-                f"{x.device} like x; output 0 is {first.dtype}"
-            )
-        if y.dim() == 0 or y.shape[:-1] != x.shape[:-1]:
-            raise ValueError(
-                f"output {i}: {tuple(y.shape)} differs from x {tuple(x.shape)} before the last dim"
-            )
-    for j, branch in enumerate(branches):
-        if not 0 <= branch.site < len(outputs):
-            raise ValueError(f"branch {j}: no output {branch.site} among {len(outputs)}")
-        source = x if branch.source is None else branch.source
-        if source.shape[:-1] != x.shape[:-1]:
-            raise ValueError(
-                f"source {tuple(source.shape)} differs from x {tuple(x.shape)} before the last dim"
-            )
-        k, rank, n = source.shape[-1], branch.a.shape[0], outputs[branch.site].shape[-1]
-        if tuple(branch.a.shape) != (rank, k) or tuple(branch.b.shape) != (n, rank):
-            raise ValueError(
-                f"branch {j}: A {tuple(branch.a.shape)} and B {tuple(branch.b.shape)} are not "
-                f"[r, {k}] and [{n}, r]"
-            )
 
 
 def _targets(outputs: Sequence[Tensor], read: Sequence[Tensor]) -> list[Tensor]:
@@ -166,73 +124,30 @@ def _unsaved(y: Tensor) -> bool:
     return not getattr(node, "_raw_saved_tensors", ())
 
 
-def _forward(  # type: ignore[no-untyped-def]
-    outputs, sources, a, b, scales, branch_site, branch_source, dropout, seed, implementation
-):
-    if implementation == "triton":
-        from ..gpu import passes as fused
-
-        buckets = _buckets(a, branch_site, branch_source, dropout, len(outputs))
-        with fused.on_device(sources[0]):
-            return fused.low_rank_add(outputs, sources, a, b, scales, buckets, dropout, seed)
-    layout = _layout(sources, a, branch_site, branch_source, len(outputs))
-    return aten.low_rank_add(outputs, sources, a, b, scales, layout)
+def _forward(outputs: list[Tensor], *operands: Any) -> Tensor:
+    call = Call(*operands)
+    return backend(call).low_rank_add(call, outputs)
 
 
-def _forward_fake(  # type: ignore[no-untyped-def]
-    outputs, sources, a, b, scales, branch_site, branch_source, dropout, seed, implementation
-):
-    args = (a, branch_site, branch_source, dropout, implementation, len(outputs))
-    return _fake_s(sources[0], *args)
+def _forward_fake(outputs: list[Tensor], *operands: Any) -> Tensor:
+    call = Call(*operands)
+    return backend(call).empty_s(call)
 
 
-class _LowRankAdd(torch.autograd.Function):
-    """Autograd over the flat list of tensors; the op below autograd does the work."""
-
-    @staticmethod
-    def forward(ctx: Any, meta: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
-        q, p, t, options = meta
-        outputs, sources = list(tensors[:p]), list(tensors[p : p + q])
-        a, b = list(tensors[p + q : p + q + t]), list(tensors[p + q + t : -1])
-        seed = tensors[-1]
-        *lists, implementation = options
-        with torch._C._AutoDispatchBelowAutograd():
-            s = torch.ops.heterolora.low_rank_add_(
-                outputs, sources, a, b, *lists, seed, implementation
-            )
-        ctx.meta = meta
-        ctx.set_materialize_grads(False)
-        ctx.mark_dirty(*outputs)
-        ctx.mark_non_differentiable(s)
-        ctx.save_for_backward(*sources, *a, *b, s, seed)
-        return (*outputs, s)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        _refuse_second_derivative("low_rank_add")
-        q, p, t, _ = ctx.meta
-        needs = list(ctx.needs_input_grad[1 + p : -1])
-        flat: list[Tensor | None] = [None] * len(needs)
-        if any(needs):
-            *saved, s, seed = ctx.saved_tensors
-            sources, a, b = saved[:q], saved[q : q + t], saved[q + t :]
-            flat = _gradients((sources, [], a, b, s, seed), ctx.meta, grads, needs)
-        return (None, *grads[:p], *flat, None)
-
-
-def _autograd(outputs, sources, a, b, *options_and_seed):  # type: ignore[no-untyped-def]
+def _forward_autograd(outputs: list[Tensor], *operands: Any) -> Tensor:
     if not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
-            s = torch.ops.heterolora.low_rank_add_(outputs, sources, a, b, *options_and_seed)
+        with below_autograd():
+            s = torch.ops.heterolora.low_rank_add_(outputs, *operands)
     else:
-        *lists, seed, implementation = options_and_seed
-        meta = (len(sources), len(outputs), len(a), (*lists, implementation))
-        *_, s = _LowRankAdd.apply(meta, *outputs, *sources, *a, *b, seed)
+        *_, s = GroupFunction.apply(*flatten(Call(*operands), outputs))
     # What writes below autograd has to tell it that these have changed.
     torch.autograd.graph.increment_version(outputs)
     return s
 
 
-_LIBRARY.impl("low_rank_add_", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("low_rank_add_", _autograd, "Autograd")
-torch.library.register_fake("heterolora::low_rank_add_", _forward_fake, lib=_LIBRARY)
+register(
+    f"low_rank_add_(Tensor(a!)[] outputs, {OPERANDS}) -> Tensor",
+    _forward,
+    _forward_fake,
+    _forward_autograd,
+)

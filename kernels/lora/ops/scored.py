@@ -10,23 +10,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..aten import linear as aten
-from ..aten import score as aten_score
-from ..group import Branch, Site
+from ..aten.linear import layout_of, shrink
+from ..aten.score import statistics_dtype
+from ..group import Branch, Call, Site
 from ..spec import BranchScore
-from .linear import _buckets, _flat, _gradients, _GroupLinear, _layout, _prepare, _saved
+from .autograd import (
+    Form,
+    GroupFunction,
+    flatten,
+    gradients,
+    keep,
+    refuse_second_derivative,
+    saved,
+)
+from .call import group_call
+from .registry import OPERANDS, backend, below_autograd, register, without_autocast
 
 __all__ = ["Previous", "group_linear_scored"]
 
 Previous = Sequence[tuple[Tensor | None, Tensor | None]]
-
-_LIBRARY = torch.library.Library("heterolora", "FRAGMENT")
-_LIBRARY.define(
-    "group_score(Tensor?[] grads, Tensor[] sources, Tensor[] weights, Tensor[] a, Tensor[] b, "
-    "Tensor s, float[] scales, int[] branch_site, int[] branch_source, float[] dropout, "
-    "Tensor? seed, str implementation, bool[] needs, Tensor[] previous_a, Tensor[] previous_b) "
-    "-> Tensor[]"
-)
 
 
 def group_linear_scored(
@@ -40,7 +42,7 @@ def group_linear_scored(
     seed: Tensor | None = None,
     implementation: str = "auto",
 ) -> list[Tensor]:
-    """As :func:`group_linear`, but A and B get statistics of their gradients, and no gradients.
+    """Apply a group like :func:`group_linear`; A and B get statistics instead of their gradients.
 
     The backward pass of the outputs gives x, the sources and the biases their usual gradients and
     calls `record` once; `spec.group_score` is the meaning of what it passes. Nothing is recorded
@@ -70,17 +72,25 @@ def group_linear_scored(
     branches = [
         replace(j, scale=float(j.scale)) if isinstance(j.scale, Tensor) else j for j in branches
     ]
-    arguments = _prepare(x, sites, branches, seed, implementation)
+    call = group_call(x, sites, branches, seed, implementation)
     if not torch.is_grad_enabled():
-        outputs, _ = torch.ops.heterolora.group_linear(*arguments)
+        outputs, _ = torch.ops.heterolora.group_linear(*call)
         return outputs
-    sums = _sums(previous, branches, arguments[0][0].dtype)
-    task = _Task(record, select, _is_zero([j.b for j in branches], arguments[-1]), *sums)
-    *outputs, _ = _ScoredGroupLinear.apply(task, *_flat(*arguments))
+    b_is_zero = _is_zero([branch.b for branch in branches], call.implementation)
+    task = _Task(record, select, b_is_zero, *_sums(previous, branches, call.sources[0].dtype))
+    *outputs, _ = _ScoredFunction.apply(task, *flatten(call))
     return outputs
 
 
 class _Task(NamedTuple):
+    """What the backward pass of a scored call is to do.
+
+    Attributes:
+        record, select: of `group_linear_scored`.
+        b_is_zero: whether every B was known to be zero in the forward pass.
+        previous_a, previous_b: a sum for each branch, or none at all.
+    """
+
     record: Callable[[list[BranchScore | None]], None]
     select: Callable[[], bool] | None
     b_is_zero: bool
@@ -110,7 +120,7 @@ def _sums(
         return [], []
     sums: tuple[list[Tensor], list[Tensor]] = ([], [])
     for j, (branch, pair) in enumerate(zip(branches, previous, strict=True)):
-        for found, total, factor in zip(sums, pair, (branch.a, branch.b), strict=True):
+        for some, total, factor in zip(sums, pair, (branch.a, branch.b), strict=True):
             if total is None:
                 total = torch.zeros_like(factor, requires_grad=False)
             if total.shape != factor.shape:
@@ -118,144 +128,95 @@ def _sums(
                     f"branch {j}: a previous sum is {tuple(total.shape)}, its factor "
                     f"{tuple(factor.shape)}"
                 )
-            found.append(total.detach().to(aten_score.statistics_dtype(dtype)))
+            some.append(total.detach().to(statistics_dtype(dtype)))
     return sums
 
 
-class _ScoredGroupLinear(_GroupLinear):
-    """The same forward pass; backward hands A's and B's share to the score op."""
+class _ScoredFunction(torch.autograd.Function):
+    """The forward pass of `group_linear`, and a backward pass that measures A's and B's share."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, task: _Task, meta: tuple[Any, ...], *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, task: _Task, form: Form, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.task = task
         if not task.b_is_zero:
-            return _GroupLinear.forward(ctx, meta, *tensors)
+            return GroupFunction.forward(ctx, form, *tensors)
         # The branches add nothing: the base layers run without them, and S is kept to be measured.
         # dA is zero, so no source is kept, only its shape.
-        q, p, t, (_, branch_site, branch_source, _, implementation) = meta
-        bare: tuple[Any, ...] = (q, p, 0, ([], [], [], [], implementation))
-        *outputs, _ = _GroupLinear.forward(ctx, bare, *tensors[: q + 2 * p], tensors[-1])
-        sources: Any = tensors[:q]
-        factors: Any = tensors[q + 2 * p : -1]
-        layout = _layout(sources, factors[:t], branch_site, branch_source, p)
-        s = aten._shrink(sources, factors[:t], layout)
-        shapes = [source.new_zeros(()).expand(source.shape) for source in sources]
-        ctx.meta = meta
-        ctx.mark_non_differentiable(s)
-        ctx.save_for_backward(*shapes, *tensors[q : q + p], *factors, s, tensors[-1])
+        _, call = form.unflatten(tensors)
+        with below_autograd():
+            outputs, _ = torch.ops.heterolora.group_linear(*call.without_branches())
+        s = shrink(call, layout_of(call, form.weights))
+        shapes = [source.new_zeros(()).expand(source.shape) for source in call.sources]
+        keep(ctx, form, call._replace(sources=shapes), s)
         return (*outputs, s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        q, p, t, _ = ctx.meta
+        refuse_second_derivative("group_linear")
+        form: Form = ctx.form
         task: _Task = ctx.task
-        saved = _saved(ctx)
-        needed = ctx.needs_input_grad[2:]
-        # The weights lie between the sources and the biases, and never get a gradient.
-        needs = [*needed[:q], *needed[q + p : q + 2 * p]]
+        call, s = saved(ctx)
+        needs = form.needs(ctx.needs_input_grad[2:])
+        factors = 2 * form.branches
         if task.select is None or task.select():
-            flat, scores = _measured(saved, ctx.meta, grads, needs, task)
-            flat += [None] * (2 * t)
+            flat, scores = _measured(call, grads[:-1], s, needs[: len(needs) - factors], task)
+            flat += [None] * factors
             task.record(scores)
         else:
-            flat = _gradients(saved, ctx.meta, grads, [*needs, *needed[q + 2 * p : -1]])
-        return (None, None, *flat[:q], *[None] * p, *flat[q:], None)
+            flat = gradients(call, grads[:-1], s, needs)
+        return None, None, *form.spread(grads, flat)
 
 
 def _measured(
-    saved: tuple[Any, ...],
-    meta: tuple[Any, ...],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    task: _Task,
+    call: Call, grads: Sequence[Tensor | None], s: Tensor, needs: Sequence[bool], task: _Task
 ) -> tuple[list[Tensor | None], list[BranchScore | None]]:
     """A gradient or None for each source and bias, and a score or None for each branch."""
-    sources, weights, a, b, s, seed = saved
-    _, p, _, (*lists, implementation) = meta
-    _, branch_site, *_ = lists
-    found = iter(
-        torch.ops.heterolora.group_score(
-            list(grads[:p]),
-            sources,
-            weights,
-            a,
-            [] if task.b_is_zero else b,
-            s,
-            *lists,
-            seed,
-            implementation,
-            needs,
-            task.previous_a,
-            task.previous_b,
-        )
+    given = call._replace(b=()) if task.b_is_zero else call
+    results = iter(
+        torch.ops.heterolora.group_score(grads, s, needs, task.previous_a, task.previous_b, *given)
     )
-    flat = [next(found) if need else None for need in needs]
-    scores = [BranchScore(*(next(found) for _ in range(4))) for _ in a]
+    flat = [next(results) if need else None for need in needs]
+    scores = [BranchScore(*(next(results) for _ in range(4))) for _ in call.a]
     return flat, [
         None if grads[site] is None else score
-        for site, score in zip(branch_site, scores, strict=True)
+        for site, score in zip(call.branch_site, scores, strict=True)
     ]
 
 
-def _score(  # type: ignore[no-untyped-def]
-    grads,
-    sources,
-    weights,
-    a,
-    b,
-    s,
-    scales,
-    branch_site,
-    branch_source,
-    dropout,
-    seed,
-    implementation,
-    needs,
-    previous_a,
-    previous_b,
-):
-    previous = previous_a, previous_b
-    if implementation == "triton":
-        from ..gpu import passes as fused
-
-        buckets = _buckets(a, branch_site, branch_source, dropout, len(grads))
-        with fused.on_device(s):
-            return fused.group_score(
-                grads, sources, weights, a, b, s, scales, buckets, dropout, seed, needs, *previous
-            )
-    layout = _layout(sources, a, branch_site, branch_source, len(grads))
-    return aten_score.group_score(
-        grads, sources, weights, a, b, s, scales, layout, needs, *previous
-    )
+def _score(
+    grads: list[Tensor | None],
+    s: Tensor,
+    needs: list[bool],
+    previous_a: list[Tensor],
+    previous_b: list[Tensor],
+    *operands: Any,
+) -> list[Tensor]:
+    call = Call(*operands)
+    with without_autocast(s):
+        return backend(call).group_score(call, grads, s, needs, previous_a, previous_b)
 
 
-def _score_fake(  # type: ignore[no-untyped-def]
-    grads,
-    sources,
-    weights,
-    a,
-    b,
-    s,
-    scales,
-    branch_site,
-    branch_source,
-    dropout,
-    seed,
-    implementation,
-    needs,
-    *previous,
-):
-    like = [source.new_empty(source.shape) for source in sources]
-    like += [weight.new_empty(weight.shape[0]) for weight in weights]
-    found = [grad for grad, need in zip(like, needs, strict=True) if need]
-    dtype = aten_score.statistics_dtype(s.dtype)
-    for factor in a:
-        rank = factor.shape[0]
-        found += [s.new_empty(shape, dtype=dtype) for shape in ((rank, rank), (rank, rank), (), ())]
-    return found
+def _score_fake(
+    grads: list[Tensor | None],
+    s: Tensor,
+    needs: list[bool],
+    previous_a: list[Tensor],
+    previous_b: list[Tensor],
+    *operands: Any,
+) -> list[Tensor]:
+    call = Call(*operands)
+    like = [source.new_empty(source.shape) for source in call.sources]
+    like += [weight.new_empty(weight.shape[0]) for weight in call.weights]
+    results = [grad for grad, need in zip(like, needs, strict=True) if need]
+    for rank in call.ranks:
+        for shape in ((rank, rank), (rank, rank), (), ()):
+            results.append(s.new_empty(shape, dtype=statistics_dtype(s.dtype)))
+    return results
 
 
-_LIBRARY.impl("group_score", _score, "CompositeExplicitAutograd")
-torch.library.register_fake("heterolora::group_score", _score_fake, lib=_LIBRARY)
+register(
+    "group_score(Tensor?[] grads, Tensor s, bool[] needs, Tensor[] previous_a, "
+    f"Tensor[] previous_b, {OPERANDS}) -> Tensor[]",
+    _score,
+    _score_fake,
+)

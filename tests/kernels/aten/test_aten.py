@@ -128,7 +128,7 @@ def test_inputs_are_not_changed():
 
 @pytest.mark.parametrize("name", ["single", "no_branch", "mixed_siblings", "two_sources"])
 def test_outputs_can_be_changed_in_place(name):
-    """As nn.ReLU(inplace=True) after a linear layer does."""
+    """A module such as nn.ReLU(inplace=True) after a linear layer does that."""
     group = GROUPS[name](Draw(torch.float64))
 
     def run(function):
@@ -186,7 +186,7 @@ def test_ranks_are_padded_where_a_cpu_compiles_products_for_their_sizes(dtype, c
     x, weight = draw.tensor(5, 24), draw.tensor(40, 24, grad=False)
     first, none = [0] * len(ranks), [0.0] * len(ranks)
     _, s = torch.ops.heterolora.group_linear(
-        [x], [weight], [None], a, b, [1.0] * len(ranks), first, first, none, None, "aten"
+        [x], [weight], [None], a, b, None, [1.0] * len(ranks), first, first, none, "aten"
     )
     assert s.shape == (5, columns)
     assert (s != 0).any(dim=0).sum() == sum(ranks)

@@ -23,13 +23,15 @@ def _arguments(group):
     return (
         [torch.randn(*x.shape[:-1], site.weight.shape[0], dtype=x.dtype) for site in sites],
         sources,
+        [],
+        [],
         [b.a for b in branches],
         [b.b for b in branches],
+        None,
         [float(b.scale) for b in branches],
         [b.site for b in branches],
         [0 if b.source is None else position[id(b.source)] for b in branches],
         [0.0 for _ in branches],
-        None,
         "aten",
     )
 
@@ -50,13 +52,13 @@ def test_opcheck(name, dtype):
 
 @pytest.mark.parametrize("name", ["mixed_siblings", "two_sources"])
 def test_opcheck_backward_without_base_weights(name):
-    outputs, sources, a, b, *rest = _arguments(GROUPS[name](Draw(torch.float32)))
+    outputs, sources, _, _, a, b, *rest = _arguments(GROUPS[name](Draw(torch.float32)))
     sources, a, b = ([t.detach() for t in part] for part in (sources, a, b))
     s = torch.randn(sources[0].shape[:-1].numel(), sum(f.shape[0] for f in a))
     needs = [True] * (len(sources) + 2 * len(a))
     torch.library.opcheck(
         torch.ops.heterolora.group_linear_backward.default,
-        ([torch.randn_like(y) for y in outputs], sources, [], a, b, s, *rest, needs),
+        ([torch.randn_like(y) for y in outputs], s, needs, sources, [], [], a, b, *rest),
     )
 
 

@@ -23,11 +23,11 @@ def _arguments(group):
         [s.bias for s in sites],
         [b.a for b in branches],
         [b.b for b in branches],
+        None,
         [float(b.scale) for b in branches],
         [b.site for b in branches],
         [0 if b.source is None else position[id(b.source)] for b in branches],
         [0.0 for _ in branches],
-        None,
         "aten",
     )
 
@@ -59,7 +59,7 @@ def test_opcheck_backward(name):
         needs = [True] * (len(sources) + len(weights) + 2 * len(a))
         torch.library.opcheck(
             torch.ops.heterolora.group_linear_backward.default,
-            (some, sources, weights, a, b, s, *rest, needs),
+            (some, s, needs, sources, weights, [], a, b, *rest),
         )
 
 

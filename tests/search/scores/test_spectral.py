@@ -176,7 +176,8 @@ class Scored(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name == "heterolora::group_score":
-            self.count += len(args[3])
+            names = [argument.name for argument in func._schema.arguments]
+            self.count += len(args[names.index("a")])
         return func(*args, **(kwargs or {}))
 
 
