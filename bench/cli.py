@@ -22,7 +22,7 @@ examples:
   heterolora bench --case 'minilm-*' --rounds 15 --json minilm.json
   heterolora bench --compile --out bench/results
   heterolora bench report bench/results --html bench.html --png plots
-  heterolora bench --explain --case 'linears-*' --device H100
+  heterolora bench --explain --case 'linears-*'
   heterolora bench gpu --minutes 8 --out gpu
   heterolora bench gpu --tune --minutes 30 --out gpu
   heterolora bench evidence main --data data --out evidence
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N; for --explain also a GPU that is not here, such as H100",
+        help="auto, cpu, cuda or cuda:N",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to one file")
     parser.add_argument(
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain",
         action="store_true",
-        help="time nothing: print what the cost model expects of every group",
+        help="time nothing: print which path every group takes here, and what was measured",
     )
     evidence.add_arguments(parser)
 
@@ -165,9 +165,9 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
 
     import torch
 
-    from heterolora.bench.gpu import explain
     from heterolora.bench.harness import record
     from heterolora.bench.harness import timing as harness
+    from heterolora.bench.harness.ceilings import ceilings
 
     rounds = args.rounds if args.rounds is not None else _QUICK_ROUNDS if args.quick else _ROUNDS
     if rounds < 1:
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
 
     with harness.cpu_threads(args.threads):
         found = record.environment(device, argv)
-        found["ceilings"] = explain.ceilings(device, scale=1 / 16 if args.quick else 1.0)
+        found["ceilings"] = ceilings(device, scale=1 / 16 if args.quick else 1.0)
         measured = record.BenchRun(found, [])
         for result in _results(chosen, rounds, device, args.compile):
             measured.results.append(result)
@@ -215,11 +215,12 @@ def _gpu(args: argparse.Namespace, argv: list[str] | None) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from heterolora.bench.gpu import calibrate, targets
+    from heterolora.bench.gpu import calibrate
     from heterolora.bench.harness.timing import BenchError
     from heterolora.bench.report import page, plots, readme
     from heterolora.bench.report import tables as report
-    from heterolora.kernels.dispatch import measured
+    from heterolora.bench.report.targets import targets_table
+    from heterolora.kernels.tuned import measured
 
     runs = report.read_folder(args.folder)
     if args.html is not None:
@@ -241,14 +242,11 @@ def _report(args: argparse.Namespace) -> int:
     if args.html is args.png is args.dispatch is None and not args.readme:
         # Not through the console: a Markdown table must not be wrapped to the terminal.
         print(report.markdown_table(runs), end="")
-        print(f"\n## Targets on a GPU\n\n{targets.targets_table(runs)}")
+        print(f"\n## Targets on a GPU\n\n{targets_table(runs)}")
     return 0
 
 
 def _explain(args: argparse.Namespace, out: "Console") -> int:
-    import torch
-    from rich.text import Text
-
     from heterolora.bench.cases import registry as cases
     from heterolora.bench.gpu import explain
     from heterolora.bench.harness import timing as harness
@@ -257,25 +255,12 @@ def _explain(args: argparse.Namespace, out: "Console") -> int:
     chosen = cases.select(args.case, quick=args.quick)
     if not args.case:
         chosen = [case for case in chosen if case.described]
-    here = args.device.partition(":")[0] in ("auto", "cpu", "cuda")
-    place = _device(args.device) if here else None
-    on_gpu = place is None or place.type == "cuda"
-    devices: dict[torch.dtype, explain.Device] = {}
+    device = _device(args.device)
     explained = []
     with harness.cpu_threads(args.threads):
         for case in chosen:
-            dtype = case.torch_dtype
-            if dtype not in devices:
-                devices[dtype] = (
-                    explain.named_device(args.device)
-                    if place is None
-                    else explain.measure_device(place, dtype)
-                )
-                line = explain.device_line(devices[dtype], dtype, on_gpu=on_gpu)
-                out.print(Text(line, style="dim"))
-            found = explain.explain_case(case, devices[dtype], on_gpu=on_gpu)
-            explain.print_explained(out, found)
-            explained.append((devices[dtype], found))
+            explained.append(explain.explain_case(case, device))
+            explain.print_explained(out, explained[-1])
     if args.json is not None:
         write_json(str(args.json), explain.as_json(explained))
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from heterolora.bench.evidence.config import Run
-from heterolora.bench.gpu.tuner import write_whole
+from heterolora.bench.harness.files import write_whole
 from heterolora.bench.harness.timing import BenchError
 
 __all__ = ["SCHEMA", "Store"]

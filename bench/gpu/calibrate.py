@@ -1,6 +1,4 @@
-"""What a device's data file holds besides tiles: what its launches and Triton's matmul cost, and
-the time of each implementation.
-"""
+"""What launches and Triton's matmul cost on a device, and the times by path that dispatch looks up."""
 
 import dataclasses
 import math
@@ -18,10 +16,9 @@ from heterolora.bench.harness import timing as harness
 from heterolora.bench.harness.record import BenchRun, CaseResult
 from heterolora.bench.harness.timing import BenchError, Stopwatch, stopwatch_for
 from heterolora.bench.report.measures import devices
-from heterolora.kernels.cost import LowRank, Problem
-from heterolora.kernels.dispatch import measured
-from heterolora.kernels.dispatch.measured import MeasuredPath, Tuned
 from heterolora.kernels.gpu.launch import Launch, launch_for
+from heterolora.kernels.tuned import measured
+from heterolora.kernels.tuned.measured import GroupShape, LowRank, MeasuredPath, Tuned
 
 # Imported where it is needed: it needs triton.
 if TYPE_CHECKING:
@@ -110,8 +107,8 @@ def measured_paths(results: Iterable[CaseResult]) -> list[MeasuredPath]:
     """
     found = []
     for result in results:
-        problem = _problem(result)
-        if problem is None or result.timing is None:
+        shape = _shape(result)
+        if shape is None or result.timing is None:
             continue
         # On a CPU "fused" is "aten", which is measured apart only where that is not so.
         aten = "aten" if "aten" in result.timing.seconds else "fused"
@@ -121,7 +118,7 @@ def measured_paths(results: Iterable[CaseResult]) -> list[MeasuredPath]:
             for path, name in names.items()
             if name in result.timing.seconds
         }
-        found.append(MeasuredPath(problem, {k: v for k, v in seconds.items() if v > 0}))
+        found.append(MeasuredPath(shape, {k: v for k, v in seconds.items() if v > 0}))
     return found
 
 
@@ -129,7 +126,7 @@ def path_tables(runs: Iterable[BenchRun], folder: Path) -> dict[Path, Tuned]:
     """What dispatch is to look up, out of the results of each device, by the file it belongs in.
 
     Args:
-        folder: of such files; tiles and ceilings that one of a device holds are kept.
+        folder: of such files; tiles that one of a device holds are kept.
 
     Raises:
         BenchError: a file that is there cannot be read.
@@ -154,8 +151,8 @@ def path_tables(runs: Iterable[BenchRun], folder: Path) -> dict[Path, Tuned]:
     return found
 
 
-def _problem(result: CaseResult) -> Problem | None:
-    """The one problem of every copy, or None."""
+def _shape(result: CaseResult) -> GroupShape | None:
+    """The one shape of every copy, or None."""
     shapes = result.shapes
     if result.kind not in ("op", "group") or shapes.get("shortcut"):
         return None
@@ -170,7 +167,7 @@ def _problem(result: CaseResult) -> Problem | None:
     if len(ranks) != 1:
         return None
     branches = (LowRank(r, i, 0, result.dropout > 0) for i, r in enumerate(ranks.pop()))
-    return Problem(
+    return GroupShape(
         shapes["m"],
         (shapes["k"],),
         tuple(sites.values()),

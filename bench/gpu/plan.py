@@ -9,10 +9,10 @@ import torch
 from heterolora.bench.cases import peers
 from heterolora.bench.cases.groups import group
 from heterolora.bench.cases.registry import CASES, Case
-from heterolora.bench.gpu.targets import TARGETS
 from heterolora.bench.harness.steps import Workload
+from heterolora.bench.report.targets import TARGETS
 
-__all__ = ["Budget", "Job", "Pace", "paths_plan", "plan", "without_triton"]
+__all__ = ["Clock", "Job", "Pace", "paths_plan", "plan", "without_triton"]
 
 # What `fused` runs is chosen by dispatch and may be Triton's.
 _NOT_TRITON = frozenset(
@@ -49,7 +49,7 @@ class Job:
         return min(asked, _TRAIN_ROUNDS) if self.case.kind == "train" else asked
 
 
-class Budget:
+class Clock:
     """Seconds that may still be spent."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -58,9 +58,9 @@ class Budget:
     def left(self) -> float:
         return self._end - self._clock()
 
-    def share(self, part: float) -> "Budget":
-        """A budget of its own of this part of what is left."""
-        return Budget(part * max(0.0, self.left()), self._clock)
+    def share(self, part: float) -> "Clock":
+        """A clock of its own for this part of what is left."""
+        return Clock(part * max(0.0, self.left()), self._clock)
 
 
 class Pace:

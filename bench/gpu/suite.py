@@ -8,7 +8,7 @@ What lies in the folder afterwards::
 
     parity.json                   which checks ran on this device, and what failed
     results/<device>/<case>.json  as of `heterolora bench --out`
-    tuned/<device>.json           ceilings, times by implementation and (tuner) tiles
+    tuned/<device>.json           times by path and (tuner) tiles
     tuned/<device>.tried          (tuner) every tile tried, with its time or why it was skipped
 """
 
@@ -24,17 +24,18 @@ from typing import Any
 import torch
 
 from heterolora.bench import runner
-from heterolora.bench.gpu import calibrate, explain, targets, tuner
-from heterolora.bench.gpu.plan import Budget, Job, Pace, paths_plan, plan, without_triton
-from heterolora.bench.gpu.tuner import write_whole
+from heterolora.bench.gpu import calibrate, tuner
+from heterolora.bench.gpu.plan import Clock, Job, Pace, paths_plan, plan, without_triton
 from heterolora.bench.harness import record
+from heterolora.bench.harness.ceilings import measure_ceilings
+from heterolora.bench.harness.files import write_whole
 from heterolora.bench.harness.interrupt import terminable
 from heterolora.bench.harness.record import BenchRun, CaseResult
 from heterolora.bench.harness.timing import BenchError
 from heterolora.bench.report.measures import read_folder
+from heterolora.bench.report.targets import targets_table
 from heterolora.errors import HeteroLoraError
-from heterolora.kernels.devices import Device
-from heterolora.kernels.dispatch import measured
+from heterolora.kernels.tuned import measured
 
 __all__ = ["ROUNDS", "Place", "check_parity", "known_result", "run", "run_jobs"]
 
@@ -106,7 +107,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BenchError(f"{out}: cannot be written to ({error.strerror})") from error
-    budget = Budget(60 * minutes)
+    clock = Clock(60 * minutes)
     place = Place(out, device, record.environment(device, argv))
     name = place.environment["device"]
     if place.rehearsal:
@@ -117,7 +118,7 @@ def run(
     stopped = False
     with terminable():
         try:
-            problems = _phases(place, budget, tune, rounds, say)
+            problems = _phases(place, clock, tune, rounds, say)
         except KeyboardInterrupt:
             stopped = True
             say("stopped; what was measured is kept, and the next run goes on from there")
@@ -125,22 +126,22 @@ def run(
     return 130 if stopped else int(problems > 0)
 
 
-def _phases(place: Place, budget: Budget, tune: bool, rounds: int, say: Say) -> int:
-    green = check_parity(place, budget.share(_PARITY_SHARE), say)
-    ceilings = _ceilings(place, say, triton=green)
+def _phases(place: Place, clock: Clock, tune: bool, rounds: int, say: Say) -> int:
+    green = check_parity(place, clock.share(_PARITY_SHARE), say)
+    _enter_ceilings(place, say, triton=green)
     if not green:
         # Half a file of the tuner would pass for a whole one.
         say("no tuned data is written while parity fails")
         if tune:
             return 1
         jobs = [without_triton(job) for job in plan(rehearsal=place.rehearsal)]
-        return 1 + run_jobs(jobs, place, budget, rounds=rounds, say=say)
+        return 1 + run_jobs(jobs, place, clock, rounds=rounds, say=say)
     if tune:
-        part = budget.share(_TILE_SHARE)
-        tuner.tune_tiles(place.tuned, _tuned(place, ceilings), place.device, part.left, say)
+        part = clock.share(_TILE_SHARE)
+        tuner.tune_tiles(place.tuned, _tuned(place), place.device, part.left, say)
     jobs = (paths_plan if tune else plan)(rehearsal=place.rehearsal)
-    write = partial(_write_tuned, place, ceilings)
-    problems = run_jobs(jobs, place, budget, rounds=rounds, say=say, after=write)
+    write = partial(_write_tuned, place)
+    problems = run_jobs(jobs, place, clock, rounds=rounds, say=say, after=write)
     write()
     say(f"tuned data: {place.tuned}")
     if not place.rehearsal:
@@ -148,10 +149,10 @@ def _phases(place: Place, budget: Budget, tune: bool, rounds: int, say: Say) -> 
     return problems
 
 
-def check_parity(place: Place, budget: Budget, say: Say) -> bool:
+def check_parity(place: Place, clock: Clock, say: Say) -> bool:
     """Whether no case of rung 5 of `heterolora verify` (the quick ones, bfloat16) fails here.
 
-    On a CPU, where Triton does not run, `aten` is checked. What did not fit into the budget is
+    On a CPU, where Triton does not run, `aten` is checked. What did not fit into the time is
     counted in parity.json and checked by the next run. A complete outcome of this device and commit
     is not checked again.
     """
@@ -176,7 +177,7 @@ def check_parity(place: Place, budget: Budget, say: Say) -> bool:
             failed[case.name] = case.problem
             say(f"parity: {case.name}: {case.problem}")
         # Asked after each: a check that was begun is finished.
-        if budget.left() <= 0:
+        if clock.left() <= 0:
             complete = False
             break
     content = {**head, "checked": checked, "complete": complete, "failed": failed}
@@ -197,32 +198,27 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _ceilings(place: Place, say: Say, *, triton: bool) -> Device:
-    """Measured, and entered into the environment that every result carries."""
-    scale = 1 / 16 if place.rehearsal else 1.0
-    found = explain.measure_device(place.device, torch.bfloat16, scale=scale)
-    matmuls: dict[str, tuple[float, float]] = {}
-    if not place.rehearsal:
-        found = dataclasses.replace(found, gap=calibrate.launch_gap(place.device))
-    if triton and not place.rehearsal:
-        efficiency, matmuls = calibrate.triton_matmul(place.device)
-        found = dataclasses.replace(found, triton_matmul=efficiency)
-    place.environment["ceilings"] = {
+def _enter_ceilings(place: Place, say: Say, *, triton: bool) -> None:
+    """Measure them, into the environment that every result carries."""
+    found = measure_ceilings(place.device, scale=1 / 16 if place.rehearsal else 1.0)
+    entries: dict[str, Any] = {
         "bandwidth": found.bandwidth,
         "flops": {"fp32": found.flops32, "bf16": found.flops},
-        "gap": found.gap,
         "host": found.host,
-        # Only what was measured: absent where Triton did not run.
-        **({"triton_matmul": found.triton_matmul, "expand": matmuls} if matmuls else {}),
     }
     say(
         f"ceilings: {found.flops / 1e12:.4g} TFLOP/s in bf16, {found.flops32 / 1e12:.4g} in fp32, "
-        f"{found.bandwidth / 1e9:.4g} GB/s, {found.gap * 1e6:.2g} us a launch on the device, "
-        f"{found.host * 1e6:.2g} us on the host"
+        f"{found.bandwidth / 1e9:.4g} GB/s, {found.host * 1e6:.2g} us a launch on the host"
     )
-    for name, (library, ours) in matmuls.items():
-        say(f"expand over the library's matmul, {name}: {ours / library:.3f}")
-    return found
+    if not place.rehearsal:
+        entries["gap"] = calibrate.launch_gap(place.device)
+        say(f"{entries['gap'] * 1e6:.2g} us a launch on the device")
+    # Only what was measured: absent where Triton did not run.
+    if triton and not place.rehearsal:
+        entries["triton_matmul"], entries["expand"] = calibrate.triton_matmul(place.device)
+        for name, (library, ours) in entries["expand"].items():
+            say(f"expand over the library's matmul, {name}: {ours / library:.3f}")
+    place.environment["ceilings"] = entries
 
 
 def known_result(path: Path, job: Job, environment: dict[str, Any]) -> CaseResult | None:
@@ -250,7 +246,7 @@ def known_result(path: Path, job: Job, environment: dict[str, Any]) -> CaseResul
 def run_jobs(
     jobs: Sequence[Job],
     place: Place,
-    budget: Budget,
+    time_left: Clock,
     *,
     rounds: int,
     say: Say,
@@ -275,7 +271,7 @@ def run_jobs(
             say(f"measured before: {_line(known)}")
             problems += _is_problem(known)
             continue
-        if pace.expected(job) > budget.left():
+        if pace.expected(job) > time_left.left():
             skipped.append(job.case.name)
             continue
         started = clock()
@@ -317,14 +313,13 @@ def _line(result: CaseResult) -> str:
     return f"{result.case}: {', '.join([*parts, *failed])}"
 
 
-def _tuned(place: Place, ceilings: Device) -> measured.Tuned:
+def _tuned(place: Place) -> measured.Tuned:
     """All that is known here: tiles of an earlier run at this commit, times of all result files."""
     versions = place.environment["versions"]
     capability = None if place.rehearsal else torch.cuda.get_device_capability(place.device)
     fresh = measured.Tuned(
         device=place.environment["device"],
         capability=capability,
-        ceilings=ceilings,
         paths=tuple(calibrate.measured_paths(_results(place))),
         versions={name: versions[name] for name in ("torch", "triton") if name in versions},
         commit=place.environment["commit"],
@@ -343,8 +338,8 @@ def _tuned(place: Place, ceilings: Device) -> measured.Tuned:
     return dataclasses.replace(fresh, tiles=before.tiles)
 
 
-def _write_tuned(place: Place, ceilings: Device) -> None:
-    tuned = _tuned(place, ceilings)
+def _write_tuned(place: Place) -> None:
+    tuned = _tuned(place)
     write_whole(place.tuned, partial(measured.write, tuned))
 
 
@@ -367,5 +362,5 @@ def _results(place: Place) -> list[CaseResult]:
 def _summary(place: Place, say: Say) -> None:
     runs = _runs(place)
     count = sum(len(run.results) for run in runs)
-    say(f"\n{count} results in {place.out / 'results'}; targets, measured and predicted:\n")
-    say(targets.targets_table(runs))
+    say(f"\n{count} results in {place.out / 'results'}; targets:\n")
+    say(targets_table(runs))

@@ -2,14 +2,13 @@
 
 A candidate tile has to compute what the shipped one does before it is timed, beside the shipped one
 and all others, round by round. Nothing here runs in a user's step: it fills a file of
-:mod:`heterolora.kernels.dispatch.measured`, which is shipped.
+:mod:`heterolora.kernels.tuned.measured`, which is shipped.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor
 
 from heterolora.bench.harness import timing as harness
+from heterolora.bench.harness.files import write_whole
 from heterolora.bench.harness.timing import Stopwatch, stopwatch_for
-from heterolora.kernels.dispatch import measured
-from heterolora.kernels.dispatch.measured import MeasuredTile, Tuned
 from heterolora.kernels.gpu.launch import Launch, Tile, launch_for
+from heterolora.kernels.tuned import measured
+from heterolora.kernels.tuned.measured import MeasuredTile, Tuned
 from heterolora.verify.checks import error
 
 # Imported where they are needed: they need triton.
@@ -38,7 +38,6 @@ __all__ = [
     "fastest_tile",
     "force",
     "tune_tiles",
-    "write_whole",
 ]
 
 _ROUNDS, _WARMUP = 5, 1
@@ -108,14 +107,6 @@ CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
         Tile(32, 64, 128, stages=4),
     ),
 }
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(another path)`, then that file takes the place of `path`: never half a file there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 @dataclass(frozen=True)
@@ -260,7 +251,7 @@ def tune_tiles(
     Returns:
         What the file then holds. A CPU without Triton's interpreter tunes nothing, and says so.
     """
-    from heterolora.kernels.dispatch.paths import triton_reason
+    from heterolora.kernels.dispatch import triton_reason
 
     reason = triton_reason(torch.empty(0, device=device))
     if reason is not None:

@@ -23,8 +23,7 @@ from heterolora.bench.harness.memory import MemoryUse
 from heterolora.bench.harness.parity import Parity
 from heterolora.bench.harness.timing import BenchError, Timing
 from heterolora.bench.harness.work import Work
-from heterolora.kernels.devices import cpu_name
-from heterolora.kernels.dispatch.measured import slug
+from heterolora.kernels.tuned.measured import cpu_name, slug
 
 __all__ = [
     "SCHEMA_VERSION",

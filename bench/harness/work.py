@@ -28,6 +28,14 @@ class Work:
     base_flops: int
     base_bytes: int
 
+    def floor(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The least time with adapters over the least without, at two ceilings of a device."""
+        with_lora, frozen = (
+            max(flops / flops_per_second, size / bytes_per_second)
+            for flops, size in ((self.flops, self.bytes), (self.base_flops, self.base_bytes))
+        )
+        return with_lora / frozen
+
     def __add__(self, other: "Work") -> "Work":
         return Work(
             self.flops + other.flops,

@@ -7,7 +7,6 @@ import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
-from heterolora.bench import losses
 from heterolora.bench.cases.peers import BASELINE, FLOOR
 from heterolora.bench.harness.record import BenchRun, CaseResult
 from heterolora.bench.harness.timing import BenchError
@@ -27,8 +26,12 @@ from heterolora.bench.report.measures import (
     tokens_per_second,
 )
 from heterolora.bench.report.tables import Table, digits, markdown_of, names_in
+from heterolora.bench.report.targets import targets_table
 
-__all__ = ["BLOCKS", "update"]
+__all__ = ["BLOCKS", "TARGETS_BLOCK", "update"]
+
+# Of docs/gpu.md; it waits for its first measurement cell by cell.
+TARGETS_BLOCK = "targets"
 
 # A block that may wait for its first result.
 _PENDING = {"train": "Not measured yet."}
@@ -48,8 +51,8 @@ def update(text: str, runs: Sequence[BenchRun]) -> str:
         closing, name = begin.groups()
         if closing:
             raise BenchError(f"{begin[0]}: no <!-- bench:{name} --> before it")
-        if name not in BLOCKS and name not in losses.BLOCKS:
-            known = ", ".join([*BLOCKS, *losses.BLOCKS])
+        if name != TARGETS_BLOCK and name not in BLOCKS:
+            known = ", ".join([*BLOCKS, TARGETS_BLOCK])
             raise BenchError(f"{begin[0]}: unknown block; use one of {known}")
         last = next(markers, None)
         if last is None or last.groups() != ("/", name):
@@ -60,8 +63,8 @@ def update(text: str, runs: Sequence[BenchRun]) -> str:
 
 
 def _block(name: str, runs: Sequence[BenchRun]) -> str:
-    if name in losses.BLOCKS:
-        return losses.BLOCKS[name](runs)
+    if name == TARGETS_BLOCK:
+        return targets_table(runs)
     parts = [BLOCKS[name](device, measured) for device, measured in devices(runs).items()]
     if not any(parts):
         if name in _PENDING:

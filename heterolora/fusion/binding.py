@@ -27,7 +27,7 @@ from heterolora.fusion.decline import (
 )
 from heterolora.fusion.own_base import observed, output_reason, run_base
 from heterolora.kernels import Branch, Site, group_linear, low_rank_add
-from heterolora.kernels.dispatch.paths import Choice, quickest
+from heterolora.kernels.dispatch import Choice, quickest
 from heterolora.search.dynamic.masks import rank_in_use
 
 if TYPE_CHECKING:

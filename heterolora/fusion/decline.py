@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from heterolora.fusion.own_base import adds_low_rank
-from heterolora.kernels.dispatch.paths import triton_reason
+from heterolora.kernels.dispatch import triton_reason
 from heterolora.search.dynamic.masks import rank_in_use
 
 __all__ = [

@@ -112,7 +112,7 @@ def fuse(
     from heterolora.fusion.binding import Fusion
     from heterolora.fusion.decline import SWITCHED_OFF, dense_weight, layer_reason, nesting_reason
     from heterolora.fusion.own_base import adds_low_rank
-    from heterolora.kernels.dispatch.paths import advice
+    from heterolora.kernels.dispatch import advice
     from heterolora.shortcuts.model import Shortcuts
 
     if backend not in _BACKENDS:
@@ -184,7 +184,7 @@ def _path(name: str, layer: Any, backend: str) -> str:
         is_dense,
     )
     from heterolora.kernels import Branch, Site
-    from heterolora.kernels.dispatch.paths import choose
+    from heterolora.kernels.dispatch import choose
 
     adapter = active_adapter(layer)
     factors = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]

@@ -44,7 +44,7 @@ _PLAIN_KEYS = (
     "step_seconds",
     "task_type",
 )
-_SINCE_VERSION_2 = {"mapping": None, "shortcut_candidates": {}, "shortcut_scaling": 2.0}
+_SINCE_VERSION_2: dict[str, Any] = {"mapping": None, "shortcut_candidates": {}, "shortcut_scaling": 2.0}
 _GONE = ("step_time", "step_time_error")
 
 logger = logging.getLogger("heterolora")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import heterolora
-from heterolora.kernels.dispatch.paths import triton_reason
+from heterolora.kernels.dispatch import triton_reason
 from heterolora.verify.cases import Verdict, parity_cases, repeat_cases
 from heterolora.verify.checks import (
     check_added_derivative,

@@ -9,7 +9,7 @@ import heterolora
 from heterolora.errors import FuseError
 from heterolora.fusion import binding
 from heterolora.kernels import spec
-from heterolora.kernels.dispatch import paths as dispatch
+from heterolora.kernels import dispatch
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from torch import nn
 
 import heterolora
 from heterolora.fusion import binding
-from heterolora.kernels.dispatch import paths as dispatch
-from heterolora.kernels.dispatch.paths import Choice
+from heterolora.kernels import dispatch
+from heterolora.kernels.dispatch import Choice
 
 
 class Pair(nn.Module):

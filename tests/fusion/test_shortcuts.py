@@ -10,7 +10,7 @@ from shortcut_models import FAMILIES, FEW, decoder_targets, plain, with_shortcut
 
 import heterolora
 from heterolora.fusion import binding
-from heterolora.kernels.dispatch.paths import Choice
+from heterolora.kernels.dispatch import Choice
 from heterolora.search.scores.proxies import PROXIES
 
 

@@ -15,7 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from heterolora.kernels.dispatch.paths import triton_reason
+from heterolora.kernels.dispatch import triton_reason
 
 HERE = Path(__file__).parent
 

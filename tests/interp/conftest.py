@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heterolora.kernels.dispatch.paths import triton_reason
+from heterolora.kernels.dispatch import triton_reason
 
 REASON = triton_reason(torch.empty(0))
 

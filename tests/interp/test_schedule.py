@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from heterolora.kernels.gpu.device import find, swizzle
-from heterolora.kernels.gpu.tiles import Tile
+from heterolora.kernels.tiles import Tile
 from heterolora.kernels.schedule import Problem, owners
 
 

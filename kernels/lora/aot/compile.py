@@ -5,7 +5,7 @@ the options and the specialised arguments they get on a GPU. It happens in proce
 where a driver that only names its target replaces Triton's.
 
 `python -m heterolora.kernels.aot` checks; `--write-table` records registers and shared memory in
-`tuned/resources.json` and instructions in `tuned/mix.json`, which later checks compare with.
+`tuned/resources.json`, which later checks compare with.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -21,11 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import mixes, sass
 from ..gpu.launch import Launch
-from ..gpu.tiles import Tile, alternatives, shipped
-from ..mixes import Mix
-from .budgets import different, read_table, worse, write_table
+from ..tiles import alternatives, shipped
+from .budgets import read_table, worse, write_table
 from .cases import ALTERNATIVES, BUCKETED, FEATURES, QUICK, Case, run
 from .read import ARCHS, Arch, Usage, faults, usage
 
@@ -42,6 +40,8 @@ _TYPES = (
 _FEW = ("sm_86", "sm_89", "gfx942")
 # Those whose tiles depend on shapes; sm_86 would compile as sm_89 does.
 _CHOOSING = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+# The kernels whose tiles do.
+_BY_SHAPE = ("expand", "expand_tma", "dx")
 _QUICK_ARCHS = ("sm_80", "sm_90", "sm_120")
 # The table is of one version of Triton; others may keep this many bytes of a thread on its stack:
 # 3.6.0 keeps 8 in every kernel with tensor descriptors for sm_120, whatever the tile.
@@ -55,13 +55,11 @@ class Compiled(NamedTuple):
         name: "arch dtype case: kernel".
         usage: None if it did not compile.
         problem: None if all is well.
-        mix: what `mixes` keeps of it, with its name there; None if nothing.
     """
 
     name: str
     usage: Usage | None
     problem: str | None
-    mix: tuple[str, Mix] | None = None
 
 
 class _Job(NamedTuple):
@@ -80,7 +78,7 @@ def compile_all(archs: Sequence[str] | None = None, *, quick: bool = False) -> I
     A kernel that several cases share is compiled once and named for each of them.
 
     Args:
-        archs: names among `aot_read.ARCHS`; None or empty for all that this Triton can compile for.
+        archs: names among `read.ARCHS`; None or empty for all that this Triton can compile for.
         quick: a few cases of bfloat16 for a few architectures.
 
     Raises:
@@ -110,7 +108,7 @@ def check(
 ) -> Iterator[tuple[str, str | None]]:
     """Compile the matrix and yield (name, problem or None) for every kernel as it is decided.
 
-    Besides what `aot_read.faults` looks for, a kernel must not need more registers or shared memory
+    Besides what `read.faults` looks for, a kernel must not need more registers or shared memory
     than the table says, if that was made with this Triton (of the same major and minor version).
     Arguments and errors as `compile_all`.
     """
@@ -118,10 +116,7 @@ def check(
     for compiled in compile_all(archs, quick=quick):
         problem = compiled.problem
         if problem is None and compiled.usage is not None and recorded is not None:
-            problem = worse(compiled.usage, recorded.usages.get(compiled.name))
-        if problem is None and compiled.mix is not None and recorded is not None:
-            name, found = compiled.mix
-            problem = different(found, recorded.mixes.get(name))
+            problem = worse(compiled.usage, recorded.get(compiled.name))
         yield compiled.name, problem
 
 
@@ -205,7 +200,7 @@ class _Target:
 
 
 class _Compiler:
-    """Stands in for `configs.start`: compiles where that launches."""
+    """Stands in for `launch.start`: compiles where that launches."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
@@ -215,8 +210,6 @@ class _Compiler:
         self.figures: dict[str, Usage] = {}
         self.launched: list[tuple[str, str]] = []
         self.found: list[Compiled] = []
-        recorded = read_table()
-        self.mixes = recorded.mixes if recorded else {}
 
     def run(self, case: Case) -> list[tuple[str, str]]:
         """Run a case; returns (kernel, hash of its code) of each launch."""
@@ -241,7 +234,7 @@ class _Compiler:
 
     def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         name = kernel.__name__.removesuffix("_kernel")
-        if self.case.alternative and name not in mixes.KERNELS:
+        if self.case.alternative and name not in _BY_SHAPE:
             return
         if kernel not in self.kernels:
             # Compiled for another target, in this process, they would be taken for this one.
@@ -267,47 +260,19 @@ class _Compiler:
                 aligned=self.case.pipelined,
                 stack=self.job.stack,
             )
-            mix = None
-            if self._has_mix(name):
-                try:
-                    mix = self._mix(name, compiled, options)
-                except ValueError as error:
-                    wrong.append(str(error))
-            self._add(name, self.figures[key], "; ".join(wrong) or None, mix)
+            self._add(name, self.figures[key], "; ".join(wrong) or None)
         self.launched.append((name, key))
 
-    def _has_mix(self, kernel: str) -> bool:
-        wanted = self.case in (*BUCKETED, *ALTERNATIVES) and self.case.ranks in ((16,), (64,))
-        known = self.job.arch in _CHOOSING and self.job.dtype == torch.bfloat16
-        return wanted and known and kernel in mixes.KERNELS
-
-    def _mix(self, kernel: str, compiled: Any, options: Mapping[str, Any]) -> tuple[str, Mix]:
-        # The names of dx are those of its product, whose columns are k.
-        n, k = ("BLOCK_K", "BLOCK_N") if kernel == "dx" else ("BLOCK_N", "BLOCK_K")
-        sizes = [options[name] for name in ("BLOCK_M", n, k, "num_warps", "num_stages")]
-        tile, block_r = Tile(*sizes), options["BLOCK_R"]
-        name = mixes.mix_name(self.job.arch, kernel, tile, block_r)
-        before = self.mixes.get(name)
-        if before is not None and before.code == sass.digest(compiled.asm["ptx"]):
-            return name, before
-        return name, sass.mix(compiled, tile, block_r)
-
-    def _add(
-        self,
-        kernel: str,
-        figures: Usage | None,
-        problem: str | None,
-        mix: tuple[str, Mix] | None = None,
-    ) -> None:
+    def _add(self, kernel: str, figures: Usage | None, problem: str | None) -> None:
         first = f"{self.job.arch} {_label(self.job)} {self.case.name}: {kernel}"
         before = {compiled.name for compiled in self.found}
         names = itertools.chain([first], (f"{first} {i}" for i in itertools.count(2)))
         name = next(name for name in names if name not in before)
-        self.found.append(Compiled(name, figures, problem, mix))
+        self.found.append(Compiled(name, figures, problem))
 
 
 def _descriptors(job: _Job) -> bool:
-    """Whether kernels with tensor descriptors are shipped, as `configs.launch_for` decides."""
+    """Whether kernels with tensor descriptors are shipped, as `launch.launch_for` decides."""
     arch = ARCHS[job.arch]
     return arch.backend == "cuda" and arch.capability >= (9, 0) and job.dtype.itemsize == 2
 
@@ -363,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--write-table needs the whole matrix: without --arch and --quick")
         rows = list(compile_all())
         usages = {row.name: row.usage for row in rows if row.usage is not None}
-        write_table(usages, dict(row.mix for row in rows if row.mix is not None))
+        write_table(usages)
         decided: Iterator[tuple[str, str | None]] = ((row.name, row.problem) for row in rows)
     else:
         decided = check(args.arch, args.quick)

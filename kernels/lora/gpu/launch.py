@@ -4,16 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..chips import Chip, chip_for
-from ..schedule import choose
-from .tiles import KERNELS, Tile, alternatives, shipped
-
-if TYPE_CHECKING:
-    from ..dispatch.measured import MeasuredTile
+from ..tiles import KERNELS, Tile, alternatives, flops_per_byte, shipped
+from ..tuned.measured import MeasuredTile, shipped_for
+from .waves import best_tile
 
 __all__ = ["KERNELS", "Launch", "Tile", "launch_for", "odd", "shipped", "start"]
 
@@ -50,7 +47,7 @@ class Launch:
             instead, and tests count.
         measured: tiles that were timed on this device with elements of this size.
         alternatives: by kernel, the tiles among which the shapes choose where none was measured.
-        chip: what that choice is simulated for; None makes none.
+        flops_per_byte: of :func:`..tiles.flops_per_byte`; None makes no choice.
     """
 
     tiles: Mapping[str, Tile]
@@ -59,9 +56,9 @@ class Launch:
     index64: bool | None = None
     tma: bool = False
     start: Callable[..., None] = start
-    measured: tuple["MeasuredTile", ...] = ()
+    measured: tuple[MeasuredTile, ...] = ()
     alternatives: Mapping[str, tuple[Tile, ...]] = field(default_factory=dict)
-    chip: Chip | None = None
+    flops_per_byte: float | None = None
     # What `tile` chose; not copied by `dataclasses.replace`.
     _chosen: dict[tuple[Any, ...], Tile] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -83,7 +80,7 @@ class Launch:
 
         For shapes that are given, and none of `odd`, `dropout` and `few`: of the tiles measured
         with each of m, n and k within a factor of two, that of the nearest shapes; else the
-        alternative with the least simulated time; else, as without shapes, the shipped one. The
+        alternative with the least waves of work; else, as without shapes, the shipped one. The
         choice depends on shapes alone, with m rounded up to a power of two: a batch of another
         length compiles nothing, and a recomputed pass repeats the first one to the bit.
 
@@ -122,7 +119,7 @@ class Launch:
         return self.tiles[next((name for name in names if name in self.tiles), kernel)]
 
     def _choose(self, kernel: str, block_r: int, m: int, ns: tuple[int, ...], k: int) -> Tile:
-        def far(entry: "MeasuredTile") -> list[float]:
+        def far(entry: MeasuredTile) -> list[float]:
             known = (max(entry.m, 1), max(entry.n, 1), max(entry.k, 1))
             return [abs(math.log2(a / b)) for a, b in zip(known, (m, sum(ns), k), strict=True)]
 
@@ -134,8 +131,8 @@ class Launch:
         if near:
             return min(near, key=lambda entry: sum(far(entry))).tile
         tiles = self.alternatives.get(kernel, ())
-        if tiles and self.chip is not None:
-            return choose(kernel, tiles, block_r, m, ns, k, self.chip, self.programs)
+        if tiles and self.flops_per_byte is not None:
+            return best_tile(kernel, tiles, m, ns, k, self.programs, self.flops_per_byte)
         return self._shipped(kernel, block_r)
 
 
@@ -167,8 +164,6 @@ def launch_for(x: torch.Tensor) -> Launch:
 
 @lru_cache
 def _launch(device: int, itemsize: int, tf32: bool) -> Launch:
-    from ..dispatch.measured import shipped_for
-
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     hip = torch.version.hip is not None
@@ -182,5 +177,5 @@ def _launch(device: int, itemsize: int, tf32: bool) -> Launch:
             entry for entry in (tuned.tiles if tuned else ()) if entry.itemsize == itemsize
         ),
         alternatives=alternatives(capability, itemsize, hip=hip),
-        chip=None if hip else chip_for(properties.name, capability),
+        flops_per_byte=None if hip else flops_per_byte(capability),
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import spec
-from ..dispatch.paths import choose
+from ..dispatch import choose
 from ..group import Branch, Call, Site
 
 __all__ = ["added_call", "group_call"]

@@ -15,7 +15,7 @@ from heterolora.bench.harness import record
 from heterolora.bench.harness.timing import BenchError
 from heterolora.kernels.cost import estimate
 from heterolora.kernels.devices import Device, device_for
-from heterolora.kernels.dispatch.paths import decide
+from heterolora.kernels.dispatch import decide
 
 H100 = device_for("H100")
 MIXED = cases.CASES["tiny-4x16-bf16-mixed"]

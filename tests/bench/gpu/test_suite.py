@@ -23,7 +23,7 @@ from heterolora.bench.harness import record
 from heterolora.bench.harness.timing import BenchError
 from heterolora.bench.report.measures import read_folder
 from heterolora.kernels.devices import Device
-from heterolora.kernels.dispatch import measured
+from heterolora.kernels.tuned import measured
 from heterolora.verify import cases as checks
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from bench_runs import result
 
 from heterolora.bench.gpu import calibrate, tuner
 from heterolora.kernels.cost import LowRank, Problem
-from heterolora.kernels.dispatch import measured
+from heterolora.kernels.tuned import measured
 from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile, shipped
 
 SHIPPED, FAST, SLOW = Tile(64, 64, 64), Tile(32, 32, 32), Tile(128, 128, 128)

@@ -13,8 +13,8 @@ from heterolora.bench.gpu import calibrate
 from heterolora.bench.report.measures import devices
 from heterolora.bench.report.tables import read_folder
 from heterolora.kernels.devices import CPU, device_for
-from heterolora.kernels.dispatch import measured
-from heterolora.kernels.dispatch.paths import decide
+from heterolora.kernels.tuned import measured
+from heterolora.kernels.dispatch import decide
 
 RUNS = devices(read_folder(RESULTS))
 # Speed of the path taken over the speed of the best.

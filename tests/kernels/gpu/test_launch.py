@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from heterolora.kernels.chips import CHIPS
-from heterolora.kernels.dispatch.measured import MeasuredTile
+from heterolora.kernels.tuned.measured import MeasuredTile
 from heterolora.kernels.gpu import launch as configs
 from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile, launch_for, odd
-from heterolora.kernels.gpu.tiles import alternatives, shipped
+from heterolora.kernels.tiles import alternatives, shipped
 
 GPUS = [
     (8, 0),

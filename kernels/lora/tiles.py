@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["KERNELS", "Tile", "alternatives", "shipped"]
+__all__ = ["KERNELS", "Tile", "alternatives", "flops_per_byte", "shipped"]
 
 KERNELS = ("shrink", "expand", "expand_tma", "dy", "dx", "da", "score")
 
@@ -131,8 +131,8 @@ def shipped(capability: tuple[int, int], itemsize: int, *, hip: bool = False) ->
 
 # Beside the shipped tile, for matmuls of which there are few tiles: large ones load least for each
 # operation, smaller ones fill the last wave, or the multiprocessors at all. Which one a launch
-# takes is simulated from its shapes (`schedule`). Where tiles of one size differ in warps or
-# stages, the compiler keeps a few bytes of a thread on the stack with the others.
+# takes is counted in waves from its shapes (`gpu.waves`). Where tiles of one size differ in warps
+# or stages, the compiler keeps a few bytes of a thread on the stack with the others.
 _CHOOSING = ("expand", "expand_tma", "dx")
 _LESS = {
     **dict.fromkeys(
@@ -177,3 +177,16 @@ def alternatives(
     if tiles is _HOPPER:
         less = _LESS_HOPPER if capability[0] == 9 else _LESS_BLACKWELL
     return {kernel: (tiles[kernel], *others) for kernel, others in less.items()}
+
+
+def flops_per_byte(capability: tuple[int, int]) -> float:
+    """FLOPs that a multiprocessor's tensor cores do, with 16-bit operands, for each byte that L2
+    delivers to it while all of them read: below so many a tile is bound by loads.
+
+    From NVIDIA's white papers: FLOPs in a clock of a multiprocessor 2048 (A100), 4096 (H100), 8192
+    (B200), 1024 (GA10x, Ada, RTX Blackwell). L2 delivers 5120 bytes in a clock on an A100 (stated);
+    as much on an H100, twice as much on a B200 and 16 a multiprocessor elsewhere are assumed.
+    """
+    if capability[0] == 8:
+        return 2048 / (5120 / 108) if capability in ((8, 0), (8, 7)) else 1024 / 16
+    return {9: 4096 / (5120 / 132), 10: 8192 / (10240 / 148)}.get(capability[0], 1024 / 16)

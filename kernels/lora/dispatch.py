@@ -1,9 +1,10 @@
 """Which path a group takes, and why.
 
-A path is "peft" (the layers run PEFT's own forward), "aten" or "triton". It is looked up among what
-was measured on the device (:mod:`.measured`), else taken from the nearest shape that was, else from
-the cost model (:mod:`.cost`). It depends on shapes alone, not on whether gradients are enabled: a
-recomputed forward pass has to repeat the first one to the bit.
+A path is "peft" (the layers run PEFT's own forward), "aten" or "triton". It is the quickest of
+those measured on the device at this shape or at the nearest one (:mod:`.tuned.measured`); where
+nothing near was measured it is "aten", or below `FEW_ROWS` rows "peft". Nothing predicts. It
+depends on shapes alone, not on whether gradients are enabled: a recomputed forward pass has to
+repeat the first one to the bit.
 """
 
 import math
@@ -15,18 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import LowRank, Problem, estimate
-from ..devices import CPU, Device, cpu_name, device_for
-from ..group import Branch, Site, bucket
-from .measured import MeasuredPath, Tuned, shipped_for
+from .group import Branch, Site, bucket
+from .tuned.measured import GroupShape, LowRank, MeasuredPath, Tuned, device_name, shipped_for
 
 __all__ = [
+    "FEW_ROWS",
     "IMPLEMENTATIONS",
     "Choice",
     "advice",
     "choose",
     "decide",
-    "known",
     "quickest",
     "triton_reason",
 ]
@@ -37,6 +36,11 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Rows assumed where a compiler leaves them open: a training batch.
 _LARGE_M = 8192
+# Below so many rows PEFT's own layers run where nothing near was measured. On one core of an AMD
+# EPYC (tuned/amd-epyc.json; 384 to 4096 columns, one layer or q, k and v) `aten` took 0.98 to 1.72
+# of PEFT's time at 64 rows, where its Python costs more than it saves, 0.80 to 1.19 at 256 and 0.76
+# to 0.95 at 1,024.
+FEW_ROWS = 256
 # A measured shape counts as near when each of its sizes is within this factor.
 _NEAR = 2.0
 
@@ -69,7 +73,8 @@ def _triton_reason(
         import triton
     except ImportError:
         return "triton is not installed"
-    from ..gpu.pack import pack_kernel
+    # Triton takes seconds to import.
+    from .gpu.pack import pack_kernel
 
     interpreted = not isinstance(pack_kernel, triton.runtime.JITFunction)
     if device.type == "cpu":
@@ -93,7 +98,8 @@ def choose(
 ) -> str:
     """The implementation that runs: "aten" or "triton".
 
-    "auto" is "aten" on a CPU. On a GPU it is the better of the two by :func:`expected`.
+    "auto" is "aten" on a CPU. On a GPU it is the quicker of the two, where that was measured, else
+    "aten".
 
     Args:
         implementation: "auto", or the one that must run.
@@ -121,13 +127,13 @@ def choose(
         return "aten"
     if implementation == "triton" or not sites:
         return "triton"
-    return _expected(x, x.dtype, factors, sites, branches, ("aten", "triton"), False).path
+    return _looked_up(x, x.dtype, factors, sites, branches, ("aten", "triton"), False).path
 
 
 def quickest(
     x: Tensor, sites: Sequence[Site], branches: Sequence[Branch], *, captured: bool = False
 ) -> Choice:
-    """The path expected to take the least time, forward and backward together, PEFT's own included.
+    """The path for a group, PEFT's own layers included, forward and backward together.
 
     The number of rows counts rounded up to a power of two, so that the answer does not change with
     every batch; rows that a compiler leaves open count as many.
@@ -145,10 +151,10 @@ def quickest(
     if runs and _triton_reason(x.device, dtype, tuple(f.dtype for f in factors)) is None:
         # `aten` makes dropout's masks one operation at a time.
         among = ("peft", "triton") if any(b.dropout for b in branches) else (*among, "triton")
-    return _expected(x, dtype, factors, sites, branches, among, captured)
+    return _looked_up(x, dtype, factors, sites, branches, among, captured)
 
 
-def _expected(
+def _looked_up(
     x: Tensor,
     dtype: torch.dtype,
     factors: Sequence[Tensor],
@@ -231,77 +237,63 @@ def _cached(
     captured: bool,
 ) -> Choice:
     low_rank = tuple(LowRank(*branch) for branch in branches)
-    problem = Problem(m, columns, sites, low_rank, itemsize, factor_itemsize)
-    tuned, ceilings = known(device)
-    return decide(problem, ceilings, tuned, among, captured=captured)
-
-
-def known(device: torch.device) -> tuple[Tuned | None, Device]:
-    """What was measured on a device that is here, and the ceilings that :func:`decide` takes."""
-    if device.type != "cuda":
-        return shipped_for(cpu_name()), CPU
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    tuned = shipped_for(name)
-    if tuned is not None and tuned.ceilings is not None:
-        return tuned, tuned.ceilings
-    return tuned, device_for(name, capability)
+    shape = GroupShape(m, columns, sites, low_rank, itemsize, factor_itemsize)
+    return decide(shape, shipped_for(device_name(device)), among, captured=captured)
 
 
 def advice(device: torch.device) -> str | None:
     """One line for a GPU that nobody has measured, or None."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    if shipped_for(name) is not None:
+    if device.type != "cuda" or shipped_for(device_name(device)) is not None:
         return None
     return (
-        f"nothing was measured on {name}: paths come from a cost model, tiles are defaults; "
-        "`python -m heterolora.bench gpu --tune --out DIR` measures both in some minutes"
+        f"nothing was measured on {device_name(device)}, so groups run on aten; "
+        "`python -m heterolora.bench gpu --tune --out DIR` measures paths and tiles in some minutes"
     )
 
 
 def decide(
-    problem: Problem,
-    device: Device,
-    tuned: Tuned | None,
-    among: Sequence[str],
-    *,
-    captured: bool = False,
+    shape: GroupShape, tuned: Tuned | None, among: Sequence[str], *, captured: bool = False
 ) -> Choice:
-    """The path for a group: as measured, else as at the nearest shape measured, else as modelled.
+    """The path for a group: the quickest as measured, else at the nearest shape, else the default.
 
     Args:
-        problem: shapes of the group.
-        device: ceilings for the cost model.
+        shape: of the group.
         tuned: what was measured on the device, if anything.
-        among: the paths that can run; of equals the first.
-        captured: of :func:`expected`. What was measured then counts for nothing: it was launched by
-            the host.
+        among: the paths that can run.
+        captured: whether a CUDA graph launches everything. What was measured then counts for
+            nothing, since the host launched it, and few rows are no reason for PEFT's own layers.
     """
     if len(among) == 1:
         return Choice(among[0], "the only path that can run")
-    near = None if captured or tuned is None else _nearest(problem, tuned.paths, among)
-    if near is not None:
-        seconds, how = near.seconds, "measured"
-        if _signature(near.problem) != _signature(problem):
-            how = f"measured at m {near.problem.m}, n {', '.join(map(str, near.problem.sites))}"
-    else:
-        found = estimate(problem, device.captured() if captured else device)
-        seconds, how = {name: found[name].seconds for name in among}, "by the cost model"
+    near = None if captured or tuned is None else _nearest(shape, tuned.paths, among)
+    if near is None:
+        return _default(shape, among, captured)
+    how = "measured"
+    if _signature(near.shape) != _signature(shape):
+        how = f"measured at m {near.shape.m}, n {', '.join(map(str, near.shape.sites))}"
+    seconds = near.seconds
     path = min(among, key=seconds.__getitem__)
     others = ", ".join(f"{name} {seconds[name] * 1e3:.3g}" for name in among if name != path)
     return Choice(path, f"{seconds[path] * 1e3:.3g} ms {how}, {others}")
 
 
+def _default(shape: GroupShape, among: Sequence[str], captured: bool) -> Choice:
+    if "aten" not in among:
+        return Choice("peft", "active dropout, and not measured on this device")
+    if "peft" in among and shape.m < FEW_ROWS and not captured:
+        return Choice("peft", f"not measured on this device, and fewer than {FEW_ROWS} rows")
+    return Choice("aten", "not measured on this device")
+
+
 def _nearest(
-    problem: Problem, paths: Sequence[MeasuredPath], among: Sequence[str]
+    shape: GroupShape, paths: Sequence[MeasuredPath], among: Sequence[str]
 ) -> MeasuredPath | None:
     """The measured group of the same kind with the least sum of |log2| of the ratios of its sizes,
     each within a factor of `_NEAR`."""
-    kind, sizes = _signature(problem)
+    kind, sizes = _signature(shape)
     best, least = None, math.inf
     for entry in paths:
-        other, theirs = _signature(entry.problem)
+        other, theirs = _signature(entry.shape)
         if other != kind or not set(among) <= set(entry.seconds):
             continue
         steps = [abs(math.log2(a / b)) for a, b in zip(sizes, theirs, strict=True)]
@@ -310,15 +302,15 @@ def _nearest(
     return best
 
 
-def _signature(problem: Problem) -> tuple[tuple[object, ...], tuple[int, ...]]:
+def _signature(shape: GroupShape) -> tuple[tuple[object, ...], tuple[int, ...]]:
     """What has to be equal for a measurement to count, and the sizes that may be near."""
     kind = (
-        problem.itemsize,
-        problem.factor_itemsize,
-        len(problem.sources),
-        len(problem.sites),
-        any(branch.dropout for branch in problem.live),
+        shape.itemsize,
+        shape.factor_itemsize,
+        len(shape.sources),
+        len(shape.sites),
+        any(branch.dropout for branch in shape.live),
     )
-    columns = sum(bucket(branch.rank) for branch in problem.live)
-    m = _power_of_two(problem.m)
-    return kind, (max(m, 1), *problem.sources, *problem.sites, max(columns, 1))
+    columns = sum(bucket(branch.rank) for branch in shape.live)
+    m = _power_of_two(shape.m)
+    return kind, (max(m, 1), *shape.sources, *shape.sites, max(columns, 1))

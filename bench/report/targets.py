@@ -1,25 +1,19 @@
-"""What the kernels are to reach on an H100: the bars, what bounds them, what is expected, measured.
+"""What the kernels are to reach on a GPU: the bars, the floor under each, and what was measured.
 
-A bar is a ratio of two times. "Floor" is the best that the ratio could be: the least work LoRA
-needs (:func:`predict.ideal_steps`) in place of ours, all at the same two ceilings. "Predicted" is
-the cost model's expectation of the code as it is. Both are for the device named in the table, from
-the vendor's figures. "Measured" comes from result files of a GPU, and nowhere else.
+A bar is a ratio of two times. The floor of an overhead over the frozen layers is the least time of
+the work with LoRA over that without, at the two ceilings measured on the device. Measured times,
+and ceilings, come from result files of a GPU, and nowhere else.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from heterolora.bench.cases.registry import CASES
 from heterolora.bench.harness.record import BenchRun
-from heterolora.bench.predict import case_seconds, ideal_steps, problems
 from heterolora.bench.report.measures import devices, field_of, ratios
 from heterolora.bench.report.tables import Table, markdown_of
-from heterolora.kernels.cost import estimate, load_of
-from heterolora.kernels.devices import Device, device_for
 
-__all__ = ["DEVICE", "NOT_MEASURED", "TARGETS", "Target", "targets_table"]
+__all__ = ["NOT_MEASURED", "TARGETS", "Target", "targets_table"]
 
-DEVICE = "NVIDIA H100 80GB HBM3"
 NOT_MEASURED = "not measured yet"
 
 _D4096, _D2048 = "op-4096x4096-m8192-r16-bf16", "op-2048x2048-m8192-r16-bf16"
@@ -52,25 +46,16 @@ class Target:
     def holds(self, ratio: float) -> bool:
         return ratio >= self.must if self.least else ratio <= self.must
 
-    def predicted(self, device: Device) -> float:
-        """The cost model's ratio on `device`."""
-        return self._ratio(device, *self.variants)
-
-    def floor(self, device: Device) -> float:
-        """The ratio with the least work LoRA needs in place of what is ours."""
-        above, below = self.variants
-        if self.least:
-            return self._ratio(device, above, _ideal(below))
-        return self._ratio(device, _ideal(above), below)
-
-    def _ratio(self, device: Device, above: str, below: str) -> float:
-        if self.expand:
-            return _expand_ratio(self.cases[0], device, above)
-        found = [
-            case_seconds(CASES[name], device, above) / case_seconds(CASES[name], device, below)
-            for name in self.cases
-        ]
-        return found[0] / found[1] if len(found) == 2 else found[0]
+    def floor(self, runs: Sequence[BenchRun]) -> float | None:
+        """The least that an overhead over the frozen layers could be on these runs' device."""
+        if self.least or self.expand or len(self.cases) == 2:
+            return None
+        for run in runs:
+            found = run.environment.get("ceilings")
+            for result in run.results:
+                if found and result.case == self.cases[0]:
+                    return result.work.floor(found["flops"][result.dtype], found["bandwidth"])
+        return None
 
     def measured(self, runs: Sequence[BenchRun]) -> float | None:
         """The ratio in the result files of one device, or None where it is not in them."""
@@ -111,29 +96,30 @@ TARGETS = (
 
 
 def targets_table(runs: Iterable[BenchRun]) -> str:
-    """A Markdown table: bars, goals, floors, predictions, and a column for each GPU measured."""
+    """A Markdown table: bars, goals, and for each GPU the floor and what was measured."""
     gpus = {
         name: found
         for name, found in devices(runs).items()
         if all(field_of(run, "device_type") == "cuda" for run in found)
     }
-    device = device_for(DEVICE)
-    heads = [f"measured, {name}" for name in gpus] or ["measured"]
+    heads = [head for name in gpus for head in (f"floor, {name}", f"measured, {name}")]
     rows = []
     for target in TARGETS:
         sign = "≥" if target.least else "≤"
+        cells = []
+        for found in gpus.values():
+            floor = target.floor(found)
+            cells += ["" if floor is None else f"{floor:.2f}"]
+            cells += [_shown(target, target.measured(found))]
         rows.append(
             (
                 target.name,
                 f"{sign} {target.must:.2f}",
                 "" if target.goal is None else f"{target.goal:.2f}",
-                f"{target.floor(device):.2f}",
-                f"{target.predicted(device):.2f}",
-                *(_shown(target, target.measured(found)) for found in gpus.values()),
-                *([] if gpus else [NOT_MEASURED]),
+                *(cells or [NOT_MEASURED]),
             )
         )
-    head = ("target", "must hold", "goal", "floor (model)", "predicted (model)", *heads)
+    head = ("target", "must hold", "goal", *(heads or ["measured"]))
     return markdown_of(Table(head, rows))
 
 
@@ -141,21 +127,6 @@ def _shown(target: Target, ratio: float | None) -> str:
     if ratio is None:
         return NOT_MEASURED
     return f"{ratio:.2f}, {'holds' if target.holds(ratio) else 'missed'}"
-
-
-def _ideal(variant: str) -> str:
-    """What bounds a variant from below: the least work, run as the variant is."""
-    prefix, dash, _ = variant.rpartition("-")
-    return f"{prefix}-ideal" if prefix in ("compile", "graph") and dash else "ideal"
-
-
-def _expand_ratio(case: str, device: Device, variant: str) -> float:
-    """The forward matmul with the low-rank product inside over the frozen one."""
-    problem = problems(CASES[case])[0]
-    found = estimate(problem, device)
-    steps = ideal_steps(problem) if variant == "ideal" else found["triton"].forward.steps
-    ours = [step for step in steps if step.name in ("expand", "forward")]
-    return load_of(ours, device).device / load_of(found["base"].forward.steps, device).device
 
 
 def _measured(case: str, variants: tuple[str, str], runs: Sequence[BenchRun]) -> float | None:

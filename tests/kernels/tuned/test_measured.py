@@ -6,8 +6,8 @@ import pytest
 
 from heterolora.kernels.cost import LowRank, Problem
 from heterolora.kernels.devices import Device
-from heterolora.kernels.dispatch import measured
-from heterolora.kernels.dispatch.measured import MeasuredPath, MeasuredTile, Tuned
+from heterolora.kernels.tuned import measured
+from heterolora.kernels.tuned.measured import MeasuredPath, MeasuredTile, Tuned
 from heterolora.kernels.gpu.launch import Tile
 
 TUNED = Tuned(

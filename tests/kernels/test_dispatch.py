@@ -11,8 +11,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from heterolora.kernels import Branch, Site
 from heterolora.kernels.cost import LowRank, Problem, estimate
 from heterolora.kernels.devices import device_for
-from heterolora.kernels.dispatch import paths as dispatch
-from heterolora.kernels.dispatch.measured import MeasuredPath, Tuned
+from heterolora.kernels import dispatch
+from heterolora.kernels.tuned.measured import MeasuredPath, Tuned
 
 H100 = "NVIDIA H100 80GB HBM3"
 
