@@ -70,7 +70,7 @@ def dx_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
         inner = offsets(0, BLOCK_N, INDEX64)  # [BLOCK_N]
         # The base part of dX: all sites' sums over n, one after the other, into one accumulator.
-        # Other sources read no site's base, so that for them the loop runs no times.
+        # Other sources reach no base layer: for them the loop runs no times.
         for site in range(tl.where(problem == 0, SITES, 0)):
             n, stride_w = pick(ns, site), pick(weight_strides, site)
             dy_rows = pick(dys, site) + row_in[:, None] * pick(dy_strides, site) + inner[None, :]

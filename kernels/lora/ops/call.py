@@ -41,7 +41,7 @@ def added_call(
     seed: Tensor | None,
     implementation: str,
 ) -> Call:
-    """The operands of `low_rank_add`, in the dtype of the outputs; the same checks on them."""
+    """The operands of `low_rank_add`, which says what is refused, in the dtype of the outputs."""
     _check_x(x)
     _check_outputs(x, outputs)
     _check_branches(x, branches, [y.shape[-1] for y in outputs], "output")
