@@ -2,10 +2,9 @@
 
 import argparse
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from heterolora.bench.evidence import command as evidence
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,24 +34,60 @@ _MINUTES = 8.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Four programs: cases are run where no other is named."""
+    _add_run(parser)
+    programs = parser.add_subparsers(metavar="PROGRAM", help="run (default), or:")
+    run_cases = programs.add_parser("run", help="run cases")
+    _add_run(run_cases)
+    report = programs.add_parser("report", help="tables, pages and plots of result files")
+    _add_report(report)
+    gpu = programs.add_parser(
+        "gpu",
+        help="check and measure a GPU, cases in order of importance, going on where an earlier run "
+        "stopped",
+    )
+    _add_gpu(gpu)
+    evidence = programs.add_parser(
+        "evidence", help="train arms of rank allocation on real tasks, likewise; in a checkout"
+    )
+    _add_evidence(evidence)
+
+
+def _add_evidence(parser: argparse.ArgumentParser) -> None:
+    if find_spec("heterolora.bench.evidence") is None:
+        parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+        parser.set_defaults(program=_no_evidence)
+        return
+    # It stays out of the wheel: only a checkout has it.
+    from heterolora.bench.evidence import command
+
+    command.add_arguments(parser)
+    parser.set_defaults(program=command.run)
+
+
+def _no_evidence(args: argparse.Namespace, argv: list[str] | None) -> int:
+    from heterolora.bench.harness.timing import BenchError
+
+    raise BenchError(
+        "`bench evidence` and its results are in the repository, not in the package: clone it, and "
+        "run the command there after `make`"
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action",
-        nargs="?",
-        choices=("run", "report", "gpu", "evidence"),
-        default="run",
-        help="run cases (default); report: print the tables of result files; gpu: check and "
-        "measure a GPU, cases in order of importance, going on where an earlier run stopped; "
-        "evidence: train arms of rank allocation on real tasks, likewise",
+        "--rounds", type=int, metavar="N", help="timed rounds a case (default: 15, gpu: 10)"
     )
     parser.add_argument(
-        "folder",
-        nargs="?",
-        type=Path,
-        default=RESULTS,
-        metavar="DIR",
-        help="report: the folder of result files (default: those that come with heterolora); "
-        "evidence: the configuration, a JSON file or main",
+        "--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)"
     )
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N"
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(program=_run)
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument(
         "--case",
@@ -62,9 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "suit the device)",
     )
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help=f"timed rounds a case (default: {_ROUNDS})"
-    )
-    parser.add_argument(
         "--quick",
         action="store_true",
         help=f"{_QUICK_ROUNDS} rounds, and only the small cases unless --case names others",
@@ -72,34 +104,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="add torch.compile variants (about a minute each)"
     )
-    parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)"
-    )
-    parser.add_argument(
-        "--device",
-        default="auto",
-        metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N",
-    )
+    _add_device(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to one file")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write DIR/<device>/<case>.json for each case"
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="N", help=f"gpu: time to spend (default: {_MINUTES})"
+        "--explain",
+        action="store_true",
+        help="time nothing: print which path every group takes here, and what was measured",
+    )
+
+
+def _add_gpu(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(program=_gpu)
+    _add_device(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of all that is measured")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=_MINUTES,
+        metavar="N",
+        help=f"time to spend (default: {_MINUTES})",
     )
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="gpu: spend it on tiles, and on the times dispatch looks up",
+        help="spend it on tiles, and on the times dispatch looks up",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="report: write one HTML page")
-    parser.add_argument("--png", type=Path, metavar="DIR", help="report: write the plots")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(program=_report)
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=RESULTS,
+        metavar="DIR",
+        help="the folder of result files (default: those that come with heterolora)",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="write the plots")
     parser.add_argument(
         "--dispatch",
         type=Path,
         metavar="DIR",
-        help="report: write the tables that dispatch looks up, DIR/<device>.json",
+        help="write the tables that dispatch looks up, DIR/<device>.json",
     )
     parser.add_argument(
         "--readme",
@@ -107,15 +158,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="report: bring the numbers between the <!-- bench:... --> marks of FILE up to date; "
-        "may be repeated",
+        help="bring the numbers between the <!-- bench:... --> marks of FILE up to date; may be "
+        "repeated",
     )
-    parser.add_argument(
-        "--explain",
-        action="store_true",
-        help="time nothing: print which path every group takes here, and what was measured",
-    )
-    evidence.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
@@ -129,31 +174,17 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
         BenchError: the request itself makes no sense (unknown case, no rounds, no such device,
             ...).
     """
-    from heterolora.bench.harness.timing import BenchError
+    status: int = args.program(args, argv)
+    return status
 
-    if args.action == "evidence":
-        return evidence.run(args, None if args.folder == RESULTS else args.folder)
-    if evidence.given(args):
-        raise BenchError(
-            "--data, --model, --workers, --only, --report, --markdown: of `bench evidence`"
-        )
-    if args.action == "report":
-        return _report(args)
-    if args.action == "gpu":
-        return _gpu(args, argv)
-    if args.minutes is not None or args.tune:
-        raise BenchError("--minutes and --tune belong to `bench gpu`")
+
+def _run(args: argparse.Namespace, argv: list[str] | None) -> int:
     from rich.console import Console
 
     from heterolora.bench.cases import registry as cases
     from heterolora.bench.report import tables as report
 
     out = Console()
-    wanted = args.html or args.png or args.readme or args.dispatch
-    if wanted or args.folder != RESULTS:
-        raise BenchError(
-            "a folder, --html, --png, --readme and --dispatch belong to `bench report`"
-        )
     if args.list:
         width = max(map(len, cases.CASES))
         for case in cases.CASES.values():
@@ -206,15 +237,14 @@ def _gpu(args: argparse.Namespace, argv: list[str] | None) -> int:
     device = _device(args.device)
     if device.type != "cuda" and args.device == "auto":
         raise harness.BenchError("no CUDA device here; --device cpu rehearses with tiny cases")
-    minutes = _MINUTES if args.minutes is None else args.minutes
     rounds = suite.ROUNDS if args.rounds is None else args.rounds
     with harness.cpu_threads(args.threads):
         return suite.run(
-            args.out, device, minutes=minutes, tune=args.tune, rounds=rounds, argv=argv
+            args.out, device, minutes=args.minutes, tune=args.tune, rounds=rounds, argv=argv
         )
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace, argv: list[str] | None) -> int:
     from heterolora.bench.gpu import calibrate
     from heterolora.bench.harness.timing import BenchError
     from heterolora.bench.report import page, plots, readme

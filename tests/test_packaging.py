@@ -99,7 +99,8 @@ def test_wheel_holds_every_module_once_and_no_top_level_kernels(wheel: Path) -> 
             ("bench", "bench/"),
         )
         for path in (ROOT / folder).rglob("*.py")
-        if not {"kernels", "bench", "test_speed"} & set(path.relative_to(ROOT / folder).parts)
+        if not {"kernels", "bench", "test_speed", "evidence"}
+        & set(path.relative_to(ROOT / folder).parts)
     }
     assert {"heterolora/kernels/spec.py", "heterolora/bench/harness/timing.py"} <= expected
     assert found == expected
@@ -117,13 +118,20 @@ def test_wheel_carries_the_reviews_and_their_licence(wheel: Path) -> None:
     assert "heterolora = heterolora.cli.main:main" in entry
 
 
-def test_wheel_carries_the_configurations_of_the_evidence(wheel: Path) -> None:
-    configs = ROOT / "bench" / "evidence" / "configs"
-    expected = {path.name for path in configs.iterdir()}
-    assert "main.json" in expected
-    assert {
-        path.name for path in (wheel / "heterolora/bench/evidence/configs").iterdir()
-    } == expected
+def test_wheel_is_without_the_evidence_and_says_so(wheel: Path) -> None:
+    assert not (wheel / "heterolora" / "bench" / "evidence").exists()
+    code = """
+import argparse
+from heterolora.bench import cli
+from heterolora.errors import HeteroLoraError
+parser = argparse.ArgumentParser()
+cli.add_arguments(parser)
+try:
+    cli.run(parser.parse_args(["evidence", "main"]))
+except HeteroLoraError as error:
+    print(error)
+"""
+    assert "clone it, and run the command there" in python(code, wheel)
 
 
 def test_wheel_imports(wheel: Path) -> None:
@@ -151,6 +159,8 @@ def test_every_sub_package_is_listed() -> None:
             ("bench", Path("heterolora/bench")),
         )
         for path in (ROOT / folder).rglob("__init__.py")
+        # The evidence belongs to the repository, not to the package.
+        if "evidence" not in path.parts
     }
     assert sorted(packages) == PROJECT["tool"]["setuptools"]["packages"]
 

@@ -16,51 +16,50 @@ if TYPE_CHECKING:
     from heterolora.bench.evidence.config import Config, Run
     from heterolora.bench.evidence.store import Store
 
-__all__ = ["BEGIN", "END", "add_arguments", "given", "run", "tables", "updated"]
+__all__ = ["BEGIN", "END", "add_arguments", "run", "tables", "updated"]
 
 BEGIN, END = "<!-- evidence -->", "<!-- /evidence -->"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench evidence` that other actions do not share."""
-    group = parser.add_argument_group("evidence")
-    group.add_argument("--data", type=Path, metavar="DIR", help="folder with the tasks' folders")
-    group.add_argument(
+    """The options of `bench evidence`."""
+    parser.add_argument(
+        "config", nargs="?", type=Path, help="the configuration: a JSON file, or main"
+    )
+    parser.add_argument("--list", action="store_true", help="list the arms and stop")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the tasks' folders")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results")
+    parser.add_argument(
         "--model", metavar="NAME", help="minilm or a model folder, in place of the configuration's"
     )
-    group.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: 2)")
-    group.add_argument(
+    parser.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="runs at a time (default: 2)"
+    )
+    parser.add_argument(
         "--only", nargs="+", metavar="ARM", help="these arms of the configuration only"
     )
-    group.add_argument(
+    parser.add_argument(
         "--report",
         type=Path,
         nargs="+",
         metavar="DIR",
         help="print the tables of folders of results; one with ablations is for its scores only",
     )
-    group.add_argument(
+    parser.add_argument(
         "--markdown",
         type=Path,
         metavar="FILE",
         help=f"with --report: write the table here, between {BEGIN} and {END} if the file has them",
     )
+    parser.add_argument("--png", type=Path, metavar="DIR", help="with --report: write the pictures")
 
 
-def given(args: argparse.Namespace) -> bool:
-    """Whether one of these options was used."""
-    return any(
-        getattr(args, name) is not None
-        for name in ("data", "model", "workers", "only", "report", "markdown")
-    )
-
-
-def run(args: argparse.Namespace, config_path: Path | None) -> int:
+def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
     """0: everything asked for is done. 1: a run failed. 130: stopped by Ctrl-C or SIGTERM.
 
     Args:
-        args: from a parser with the options of `bench`.
-        config_path: the configuration.
+        args: from a parser with the options above.
+        argv: not used: results name their configuration.
 
     Raises:
         BenchError: the request makes no sense, or a file is malformed.
@@ -74,9 +73,9 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
 
     if args.report is not None:
         return _report(args)
-    if config_path is None:
+    if args.config is None:
         raise BenchError("give a configuration: a JSON file, or main")
-    config = read_config(config_path)
+    config = read_config(args.config)
     if args.model is not None:
         config = replace(config, recipe=replace(config.recipe, model=args.model))
     arms = _selected(config, args.only)
@@ -84,14 +83,14 @@ def run(args: argparse.Namespace, config_path: Path | None) -> int:
         return _list(config, arms)
     if args.data is None or args.out is None:
         raise BenchError("`bench evidence` needs --data (the tasks' folders) and --out (results)")
-    workers = 2 if args.workers is None else args.workers
-    if workers < 1:
-        raise BenchError(f"--workers must be at least 1, not {workers}")
+    if args.workers < 1:
+        raise BenchError(f"--workers must be at least 1, not {args.workers}")
     _check(config, arms, args.data)
     store = Store(args.out)
     with terminable(), store.locked():
         try:
-            failed = _work(config, arms, store, args.data, workers, f"evidence {config_path.stem}")
+            command = f"evidence {args.config.stem}"
+            failed = _work(config, arms, store, args.data, args.workers, command)
         except KeyboardInterrupt:
             _say("stopped; what is done is kept: run the same command again to go on")
             return 130
@@ -259,7 +258,7 @@ def _progress(what: str, total: int, done: int) -> Iterator[Any]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from heterolora.bench.evidence.arms.ablation import is_ablation, predictions
+    from heterolora.bench.evidence.report.ablation import is_ablation, predictions
     from heterolora.bench.evidence.store import Store
     from heterolora.bench.harness.timing import BenchError
 
@@ -299,8 +298,7 @@ def tables(folders: Sequence[Sequence[dict[str, Any]]]) -> str:
     Raises:
         BenchError: there is nothing to report, or an arm has two results for one seed.
     """
-    from heterolora.bench.evidence.arms import ablation
-    from heterolora.bench.evidence.report import table
+    from heterolora.bench.evidence.report import ablation, table
 
     return "\n".join(
         (ablation if any(map(ablation.is_ablation, entries)) else table).markdown(entries)

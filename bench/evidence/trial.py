@@ -85,7 +85,6 @@ class Trials:
 
         timer = _StepTimer()
         fusing = FuseCallback() if adapted.fused else None
-        optimizer = adapted.optimizer and adapted.optimizer(adapted.model, run.learning_rate)
         callbacks = [*adapted.callbacks, *([fusing] if fusing else []), timer]
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(
@@ -96,7 +95,6 @@ class Trials:
                 processing_class=tokenizer,
                 callbacks=callbacks,
                 preprocess_logits_for_metrics=task.reduced,
-                optimizers=(optimizer, None),
             )
             trainer.remove_callback(PrinterCallback)
             training = _Clock()

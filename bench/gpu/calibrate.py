@@ -1,4 +1,4 @@
-"""What launches and Triton's matmul cost on a device, and the times by path that dispatch looks up."""
+"""What launches and Triton's matmul cost on a device; the times by path that dispatch looks up."""
 
 import dataclasses
 import math

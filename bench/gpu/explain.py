@@ -101,23 +101,18 @@ def _shapes(case: "Case") -> dict[GroupShape, list[tuple[str, ...]]]:
 
 def print_explained(out: "Console", explained: CaseExplained) -> None:
     """A line a group."""
-    from rich.table import Table
     from rich.text import Text
 
     out.print(Text(f"{explained.case}: {explained.description}; {explained.device}", style="bold"))
-    table = Table("group", "m", "k", "n", "r", "path", "why", box=None, pad_edge=False)
     for group in explained.groups:
         shape = group.shape
-        table.add_row(
-            _label(group.modules),
-            str(shape.m),
-            str(shape.sources[0]),
-            ", ".join(map(str, shape.sites)),
-            ", ".join(str(branch.rank) for branch in shape.branches),
-            group.choice.path,
-            group.choice.reason,
+        ranks = ", ".join(str(branch.rank) for branch in shape.branches)
+        line = (
+            f"{_label(group.modules)}: m {shape.m}, k {shape.sources[0]}, "
+            f"n {', '.join(map(str, shape.sites))}, r {ranks}; {group.choice.path}: "
+            f"{group.choice.reason}"
         )
-    out.print(table)
+        out.print(Text(line), soft_wrap=True)
 
 
 def _label(groups: Sequence[tuple[str, ...]]) -> str:

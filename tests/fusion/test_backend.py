@@ -8,8 +8,7 @@ from quantised import quantise_bases
 import heterolora
 from heterolora.errors import FuseError
 from heterolora.fusion import binding
-from heterolora.kernels import spec
-from heterolora.kernels import dispatch
+from heterolora.kernels import dispatch, spec
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from heterolora.kernels.schedule import Problem, owners
 
 from heterolora.kernels.gpu.device import find, swizzle
 from heterolora.kernels.tiles import Tile
-from heterolora.kernels.schedule import Problem, owners
 
 
 @triton.jit

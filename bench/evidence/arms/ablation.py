@@ -1,32 +1,16 @@
-"""What a single module is worth, by training with it alone and without it alone; and whether a
-proxy's scores say so before.
-"""
+"""Arms that adapt a single module: what it is worth alone."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import fmean
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 from heterolora.bench.evidence.arms.setting import Adapted, Setting, onto
-from heterolora.bench.evidence.report.statistics import Correlation, rank_correlation
 from heterolora.bench.harness.timing import BenchError
 from heterolora.search import uniform
 
-__all__ = [
-    "KINDS",
-    "PARTS",
-    "Predictions",
-    "ablated",
-    "gains",
-    "is_ablation",
-    "markdown",
-    "part_of",
-    "predictions",
-]
+__all__ = ["KINDS", "PARTS", "ablated", "part_of"]
 
 # Of a BERT encoder: 6 layers of 6 linear layers in MiniLM.
 KINDS = {
@@ -38,12 +22,10 @@ KINDS = {
     "ffn-out": "output.dense",
 }
 PARTS = tuple(f"{layer}-{kind}" for layer in range(6) for kind in KINDS)
-_WAYS = {"alone": "with it alone", "without": "without it"}
-_ARM = re.compile(r"(alone|without)-(.+)")
 
 
-def ablated(part: str, *, alone: bool) -> Callable[[Setting], Adapted]:
-    """Builds a model with the budget's rank on one module, or on all others.
+def ablated(part: str) -> Callable[[Setting], Adapted]:
+    """Builds a model with the budget's rank on one module, and none on all others.
 
     Args:
         part: one of `PARTS`.
@@ -53,10 +35,7 @@ def ablated(part: str, *, alone: bool) -> Callable[[Setting], Adapted]:
         plain = uniform(setting.model, setting.rank, setting.space)
         if part not in {part_of(name) for name in plain.ranks}:
             raise BenchError(f"the model has no module {part}; its ablation is of six layers")
-        ranks = {
-            name: rank if (part_of(name) == part) is alone else 0
-            for name, rank in plain.ranks.items()
-        }
+        ranks = {name: rank if part_of(name) == part else 0 for name, rank in plain.ranks.items()}
         return onto(setting, replace(plain, ranks=ranks))
 
     return build
@@ -69,132 +48,3 @@ def part_of(name: str) -> str | None:
     if match is None or match.group(2) not in kinds:
         return None
     return f"{match.group(1)}-{kinds[match.group(2)]}"
-
-
-def is_ablation(entry: Mapping[str, Any]) -> bool:
-    """Whether a result is of one of these arms."""
-    return _ARM.fullmatch(entry["run"]["arm"]) is not None
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What an arm's scores said of modules, and what these turned out to be worth.
-
-    Attributes:
-        way: "alone" or "without".
-        scores, gains: by module, in the order of the same names.
-    """
-
-    task: str
-    arm: str
-    way: str
-    scores: dict[str, float]
-    gains: dict[str, float]
-
-    @property
-    def correlation(self) -> Correlation:
-        """Spearman's, over the modules."""
-        return rank_correlation(list(self.scores.values()), list(self.gains.values()))
-
-
-def gains(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
-    """{(task, "alone" or "without"): {part: what it is worth in test loss, mean over seeds}}.
-
-    With a part alone that is by how much lower the loss is than with the worst part alone; without
-    a part, by how much higher it is than without the part that is missed least. Of seeds that not
-    all parts have yet, none counts: seeds differ by more than parts do.
-
-    Raises:
-        BenchError: a task has ablations at two budgets, or no seed that all its parts have.
-    """
-    losses: dict[tuple[str, str], dict[str, dict[int, float]]]
-    losses = defaultdict(lambda: defaultdict(dict))
-    ranks: dict[str, int] = {}
-    for entry in entries:
-        run, result = entry["run"], entry["result"]
-        if (match := _ARM.fullmatch(run["arm"])) and result["loss"] is not None:
-            if ranks.setdefault(run["task"], run["rank"]) != run["rank"]:
-                raise BenchError(
-                    f"ablations of {run['task']} at ranks {ranks[run['task']]} and {run['rank']} "
-                    "do not compare; keep them in two folders"
-                )
-            losses[run["task"], match[1]][match[2]][run["seed"]] = result["loss"]
-    found = {}
-    for (task, way), of in losses.items():
-        common = set.intersection(*(set(by_seed) for by_seed in of.values()))
-        if not common:
-            raise BenchError(f"no seed has all parts of {task} {_WAYS[way]}; let the runs finish")
-        means = {
-            part: fmean(of[part][seed] for seed in sorted(common)) for part in PARTS if part in of
-        }
-        worst = max(means.values()) if way == "alone" else min(means.values())
-        found[task, way] = {part: abs(loss - worst) for part, loss in means.items()}
-    return found
-
-
-def predictions(entries: Sequence[Mapping[str, Any]]) -> list[Predictions]:
-    """For every arm that scored, and each way in which three modules or more were ablated.
-
-    Scores are means over the seeds.
-    """
-    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for entry in entries:
-        run, result = entry["run"], entry["result"]
-        for name, score in result.get("scores", {}).items():
-            if (part := part_of(name)) is not None:
-                scores[run["task"], run["arm"]][part].append(score)
-    found = []
-    worth = gains(entries)
-    for (task, arm), of_part in sorted(scores.items()):
-        for way in _WAYS:
-            common = [part for part in worth.get((task, way), {}) if part in of_part]
-            if len(common) > 2:
-                own = {part: fmean(of_part[part]) for part in common}
-                of_ablation = {part: worth[task, way][part] for part in common}
-                found.append(Predictions(task, arm, way, own, of_ablation))
-    return found
-
-
-def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Tables of `gains` and of the correlations of `predictions`; empty where no module was
-    ablated.
-    """
-    lines = []
-    for (task, way), worth in gains(entries).items():
-        lines += [
-            f"## What single modules are worth on {task}, {_WAYS[way]}",
-            "",
-            "Test loss, in nats, in units of 0.001.",
-            "",
-            f"| layer | {' | '.join(KINDS)} |",
-            "| ---: " * (1 + len(KINDS)) + "|",
-        ]
-        for layer in sorted({part[0] for part in worth}):
-            cells = [worth.get(f"{layer}-{kind}") for kind in KINDS]
-            numbers = ("" if cell is None else f"{1000 * cell:.0f}" for cell in cells)
-            lines.append(f"| {layer} | {' | '.join(numbers)} |")
-        lines.append("")
-    found: dict[tuple[str, str], dict[str, Correlation]] = defaultdict(dict)
-    for prediction in predictions(entries):
-        found[prediction.task, prediction.arm][prediction.way] = prediction.correlation
-    if not found:
-        return "\n".join(lines)
-    ways = [way for way in _WAYS if any(way in of for of in found.values())]
-    lines += [
-        "## What scores predict",
-        "",
-        "Spearman's correlation of a module's score with what it is worth, over the modules, with "
-        "the 95 % interval of a bootstrap over them.",
-        "",
-        f"| task | scores of | {' | '.join(_WAYS[way] for way in ways)} | modules |",
-        f"| --- | --- | {'---: | ' * len(ways)}---: |",
-    ]
-    for (task, arm), of in found.items():
-        cells_of = " | ".join(_cell(of.get(way)) for way in ways)
-        count = max(way.count for way in of.values())
-        lines.append(f"| {task} | {arm} | {cells_of} | {count} |")
-    return "\n".join([*lines, ""])
-
-
-def _cell(found: Correlation | None) -> str:
-    return "" if found is None else f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"

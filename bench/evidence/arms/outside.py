@@ -13,11 +13,7 @@ from heterolora.bench.evidence.arms.setting import SCALING, Adapted, Setting, on
 from heterolora.bench.harness.timing import BenchError
 from heterolora.search import uniform
 
-__all__ = ["AllocateRanks", "adalora", "eva", "lora_plus", "peft_targets"]
-
-# Learning rate of B over that of A: one seed of SICK-E did better with 4 (at 1e-3) than
-# with 8 (at 5e-4).
-_PLUS = 4.0
+__all__ = ["AllocateRanks", "adalora", "eva", "peft_targets"]
 
 
 def peft_targets(setting: Setting) -> Adapted:
@@ -150,15 +146,6 @@ def adalora(setting: Setting) -> Adapted:
         fused=False,
         callbacks=[pruning],
         facts=facts,
-    )
-
-
-def lora_plus(model: Any, learning_rate: float) -> Any:
-    """AdamW with a larger learning rate for B (LoRA+, arXiv 2402.12354, PEFT's code)."""
-    from peft.optimizers import create_loraplus_optimizer
-
-    return create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=_PLUS, weight_decay=0.0
     )
 
 

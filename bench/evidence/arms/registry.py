@@ -15,13 +15,12 @@ from heterolora.bench.evidence.arms import outside
 from heterolora.bench.evidence.arms.ablation import PARTS, ablated
 from heterolora.bench.evidence.arms.candidates import all_linear, encoder_shuffled, pooler_by_hand
 from heterolora.bench.evidence.arms.dynamic import ON_OFF, dynamic
-from heterolora.bench.evidence.arms.oracle import oracle
 from heterolora.bench.evidence.arms.setting import Adapted, Setting, onto, searched
 from heterolora.data.models import disable_dropout
 from heterolora.search import Budget, Variant, uniform
 from heterolora.shortcuts.model import KINDS, shortcut_candidates
 
-__all__ = ["ARMS", "Arm", "allocated", "families"]
+__all__ = ["ARMS", "PAST", "Arm", "allocated", "families"]
 
 # The part of uniform's training time that arms about time may take.
 SHORT = 0.6
@@ -63,8 +62,6 @@ def allocated(
     *,
     on_off: bool = False,
     shortcuts: bool = False,
-    part: float = 1.0,
-    step_time: float | None = None,
     **variant: Any,
 ) -> Callable[[Setting], Adapted]:
     """Builds a model with the ranks of `heterolora.allocate`.
@@ -73,19 +70,14 @@ def allocated(
         proxy: as of `allocate`.
         on_off: a module has `ON_OFF` times the average rank or none.
         shortcuts: they compete for the budget, which stays that of the modules.
-        part: of the budget's parameters, so many are spent.
-        step_time: a budget of time beside that of parameters, fitted to measured steps.
         variant: fields of `heterolora.Variant`.
     """
 
     def build(setting: Setting) -> Adapted:
         budget = Budget(rank=setting.rank)
-        if step_time is not None:
-            budget = Budget(rank=setting.rank, step_time=step_time, measured=True)
-        if shortcuts or part < 1:
-            plain = uniform(setting.model, setting.rank, setting.space)
-            budget = Budget(params=int(part * plain.parameters))
         if shortcuts:
+            plain = uniform(setting.model, setting.rank, setting.space)
+            budget = Budget(params=plain.parameters)
             setting = replace(setting, space=replace(setting.space, shortcuts=KINDS))
         ranks = (0, ON_OFF * setting.rank) if on_off else None
         found = searched(setting, proxy, ranks, budget, variant=Variant(**variant))
@@ -98,14 +90,8 @@ def _uniform(setting: Setting) -> Adapted:
     return onto(setting, uniform(setting.model, setting.rank, setting.space))
 
 
-def _unfused(setting: Setting) -> Adapted:
-    return replace(_uniform(setting), fused=False)
-
-
-def _varied(
-    *, share: float = 1.0, plus: bool = False, dropout: bool = True
-) -> Callable[[Setting], Adapted]:
-    """Builds uniform ranks, to be trained for fewer steps, by LoRA+ or without dropout."""
+def _varied(*, share: float = 1.0, dropout: bool = True) -> Callable[[Setting], Adapted]:
+    """Builds uniform ranks, to be trained for fewer steps or without dropout."""
 
     def build(setting: Setting) -> Adapted:
         if not dropout:
@@ -114,8 +100,7 @@ def _varied(
                 # PyTorch's attention takes its flash form without dropout, and on a CPU a training
                 # step of rows this short was measured to take 1.4 to 1.8 times as long with it.
                 setting.model.set_attn_implementation("eager")
-        optimizer = outside.lora_plus if plus else None
-        return replace(_uniform(setting), share=share, optimizer=optimizer)
+        return replace(_uniform(setting), share=share)
 
     return build
 
@@ -147,7 +132,6 @@ ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("uniform", "uniform", "the same rank everywhere", _uniform),
-        Arm("peft", "uniform", "uniform, by PEFT's own layers", _unfused),
         Arm(
             "peft-targets",
             "peft-targets",
@@ -249,13 +233,6 @@ ARMS: dict[str, Arm] = {
             allocated("spectral", train_steps=40),
         ),
         _warm("shuffled", "spectral-warm's scores dealt out anew", shuffle=True),
-        Arm(
-            "oracle-sick",
-            "uniform",
-            "ranks by what modules of SICK-E's ablation were worth alone, on its test rows",
-            oracle("sick"),
-            encoder=True,
-        ),
         Arm("eva", "eva", "PEFT's EVA, rho 2", outside.eva),
         Arm("adalora", "adalora", "PEFT's AdaLoRA, from twice the rank", outside.adalora),
         Arm(
@@ -273,12 +250,6 @@ ARMS: dict[str, Arm] = {
         Arm("shortcuts-all", "shortcuts", "uniform, and all four kinds of shortcut", _shortcuts),
         Arm("lora-higher", "uniform", "LoRA at the parameters of shortcuts-all", _higher),
         Arm(
-            "shortcuts-searched",
-            "shortcuts",
-            "modules and shortcuts by gradient norm, at uniform's parameters",
-            allocated("grad-norm", shortcuts=True),
-        ),
-        Arm(
             "shortcuts-even",
             "shortcuts",
             "ranks of equal scores, 1 at least, of modules and shortcuts, at uniform's parameters",
@@ -291,45 +262,8 @@ ARMS: dict[str, Arm] = {
             shortcuts=True,
             floor=1,
         ),
-        Arm(
-            "quarter-random",
-            "uniform",
-            "ranks of equal scores at a quarter of the parameters",
-            allocated("constant", part=0.25),
-        ),
-        Arm(
-            "quarter-grad-norm",
-            "uniform",
-            "grad-norm at a quarter of the parameters",
-            allocated("grad-norm", part=0.25),
-        ),
-        _warm("quarter-spectral-warm", "spectral-warm at a quarter of the parameters", part=0.25),
-        _warm(
-            "quarter-spectral-layers",
-            "the same, every layer's total the same",
-            part=0.25,
-            by_layer=True,
-        ),
-        Arm(
-            "time-grad-norm",
-            "uniform",
-            "gradient norm within 0.6 of uniform's step",
-            allocated("grad-norm", step_time=SHORT),
-        ),
-        _warm("time-spectral-warm", "spectral-warm within 0.6 of uniform's step", step_time=SHORT),
-        _warm(
-            "time-85-spectral-warm", "spectral-warm within 0.85 of uniform's step", step_time=0.85
-        ),
         Arm("short", "short", "uniform, 0.6 of the steps", _varied(share=SHORT)),
         Arm("short-57", "short", "uniform, 0.57 of the steps", _varied(share=FEWER)),
-        Arm("short-85", "short", "uniform, 0.85 of the steps", _varied(share=0.85)),
-        Arm("plus", "plus", "uniform, LoRA+ with 4 times the rate for B", _varied(plus=True)),
-        Arm(
-            "plus-57",
-            "plus-short",
-            "the same, 0.57 of the steps",
-            _varied(plus=True, share=FEWER),
-        ),
         Arm(
             "no-dropout",
             "no-dropout",
@@ -346,19 +280,27 @@ ARMS: dict[str, Arm] = {
 }
 
 for _part in PARTS:
-    for _way, _family, _about in (
-        ("alone", "alone", f"only {_part} is adapted"),
-        ("without", "uniform", f"all but {_part} are adapted"),
-    ):
-        _build = ablated(_part, alone=_way == "alone")
-        ARMS[f"{_way}-{_part}"] = Arm(f"{_way}-{_part}", _family, _about, _build, encoder=True)
+    _about = f"only {_part} is adapted"
+    ARMS[f"alone-{_part}"] = Arm(f"alone-{_part}", "alone", _about, ablated(_part), encoder=True)
+
+# Arms that lost, or were only there to bound others, and that nothing uses any more: their results
+# are kept and reported, their code is gone.
+PAST = {
+    "oracle-sick": "ranks by what modules of SICK-E's ablation were worth alone, on its test rows",
+    "shortcuts-searched": "modules and shortcuts by gradient norm, at uniform's parameters",
+    "quarter-random": "ranks of equal scores at a quarter of the parameters",
+    "quarter-grad-norm": "grad-norm at a quarter of the parameters",
+    "quarter-spectral-warm": "spectral-warm at a quarter of the parameters",
+    "quarter-spectral-layers": "the same, every layer's total the same",
+    "time-spectral-warm": "spectral-warm within 0.6 of uniform's step, by a budget of time",
+    "plus-57": "uniform, LoRA+ with 4 times the rate for B, 0.57 of the steps",
+}
 
 # The arm that chooses the learning rate of a family, where it is not the family's namesake.
 _REPRESENTATIVES = {
     "on-off": "random-onoff",
     "dynamic": "dynamic-grad-norm",
     "shortcuts": "shortcuts-all",
-    "plus-short": "plus-57",
     "alone": "alone-3-value",
 }
 

@@ -13,7 +13,6 @@ from heterolora.fusion.fuse import unfuse
 from heterolora.search import Allocation, Budget, SearchSpace, adapt, allocate
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
     from transformers import TrainerCallback
 
 __all__ = ["SCALING", "Adapted", "Setting", "adapter_parameters", "onto", "searched"]
@@ -61,7 +60,6 @@ class Adapted:
         fused: train it through `FuseCallback`.
         head_only: in full only the head is trained that PEFT trains by itself, and not what the
             task names beside it.
-        optimizer: of the model and the learning rate; by default Trainer's AdamW.
         share: of the run's epochs, so many are trained; the learning rate still falls to 0.
         callbacks: further callbacks of the Trainer.
         search_seconds: wall time of the search before training.
@@ -74,7 +72,6 @@ class Adapted:
     ranks: dict[str, int]
     fused: bool = True
     head_only: bool = False
-    optimizer: Callable[[Any, float], Optimizer] | None = None
     share: float = 1.0
     callbacks: list[TrainerCallback] = field(default_factory=list)
     search_seconds: float = 0.0
@@ -91,8 +88,6 @@ def onto(setting: Setting, allocation: Allocation) -> Adapted:
     notes: dict[str, Any] = {}
     if allocation.probe_rank is not None:
         notes["scores"] = dict(allocation.scores)
-    if allocation.step_time is not None:
-        notes["predicted_step"] = allocation.step_time
     return Adapted(model, ranks, search_seconds=allocation.seconds, notes=notes)
 
 

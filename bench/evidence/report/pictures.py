@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from heterolora.bench.evidence.arms.ablation import KINDS, Predictions
+from heterolora.bench.evidence.arms.ablation import KINDS
+from heterolora.bench.evidence.report.ablation import Predictions
 from heterolora.bench.evidence.report.statistics import Difference, spread
 from heterolora.bench.evidence.report.table import (
     BASELINE,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from heterolora.bench.evidence.arms.registry import ARMS
+from heterolora.bench.evidence.arms.registry import ARMS, PAST
 from heterolora.bench.evidence.report.statistics import (
     FEWEST,
     RESAMPLES,
@@ -90,7 +90,7 @@ def markdown(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def grouped(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[str, Entries]]:
-    """{(task, budget): {arm: its results}}, arms in the order of `ARMS`.
+    """{(task, budget): {arm: its results}}, arms in the order of `ARMS`, then of `PAST`.
 
     Raises:
         BenchError: as `markdown`.
@@ -103,7 +103,7 @@ def grouped(entries: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[
         raise BenchError("no result to report yet")
     for (task, rank), arms in groups.items():
         _check_single(arms, task, rank)
-    order = list(ARMS)
+    order = [*ARMS, *PAST]
     return {
         key: dict(sorted(arms.items(), key=lambda arm: (order + [arm[0]]).index(arm[0])))
         for key, arms in sorted(groups.items())

@@ -257,10 +257,27 @@ def test_selection():
         (["report", "/nonexistent/folder"], "no such folder"),
         (["--json", "/dev/null/x.json", "--quick"], "cannot be written"),
         (["report", "--readme", "/nonexistent.md"], "cannot be read"),
-        (["--html", "x.html"], "belong to `bench report`"),
-        (["run", "results"], "belong to `bench report`"),
     ],
 )
 def test_bad_requests(argv, message):
     with pytest.raises(BenchError, match=message):
         cli.run(parse(*argv), argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--html", "x.html"],
+        ["run", "results"],
+        ["--minutes", "3"],
+        ["--tune"],
+        ["report", "--tune"],
+        ["gpu", "--case", "tiny"],
+        ["--data", "data"],
+    ],
+)
+def test_a_program_takes_its_own_options_only(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err

@@ -6,11 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from evidence_runs import (
-    BUDGET_SPENT,
     ROWS,
     STEPS_TAKEN,
     a_run,
-    entry,
     save_sick,
     save_tiny_model,
 )
@@ -18,13 +16,9 @@ from tiny import save_model
 
 from heterolora.bench.evidence.arms import outside
 from heterolora.bench.evidence.arms import registry as arms
-from heterolora.bench.evidence.arms.ablation import PARTS
 from heterolora.bench.evidence.arms.candidates import pooler_by_hand
-from heterolora.bench.evidence.arms.oracle import oracle
-from heterolora.bench.evidence.arms.registry import ARMS, allocated
+from heterolora.bench.evidence.arms.registry import ARMS
 from heterolora.bench.evidence.arms.setting import Setting, adapter_parameters
-from heterolora.bench.evidence.config import Run
-from heterolora.bench.evidence.store import Store
 from heterolora.bench.evidence.tasks.registry import TASKS
 from heterolora.bench.evidence.trial import Trials
 from heterolora.bench.harness.timing import BenchError
@@ -32,11 +26,8 @@ from heterolora.search import Budget, SearchSpace, recommended, uniform
 
 # Two layers of four 32 x 32 and two 32 x 64 linears; 64 and 96 parameters per unit of rank.
 UNIT = 2 * (4 * 64 + 2 * 96)
-# On a model this small a step's time hardly depends on the ranks, so 0.6 of it cannot be had.
-TIMED = [name for name in ARMS if name.startswith("time-")]
-ABLATIONS = [name for name in ARMS if name.startswith(("alone-", "without-"))]
-# Knows six layers, and the tiny model has two.
-UNTIMED = [name for name in ARMS if name not in (*TIMED, *ABLATIONS, "oracle-sick")]
+ABLATIONS = [name for name in ARMS if name.startswith("alone-")]
+PLAIN = [name for name in ARMS if name not in ABLATIONS]
 # With the pooler's 32 x 32 linear among the candidates, and not trained in full beside them.
 ALL_LINEAR = [name for name in ARMS if name.startswith("all-linear")]
 # One of each way to be built; the others run with the slow tests.
@@ -46,10 +37,10 @@ FEW = (
     "eva",
     "adalora",
     "dynamic-grad-norm",
-    "shortcuts-searched",
-    "plus-57",
+    "shortcuts-spectral",
+    "short-57",
 )
-EACH = [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in UNTIMED]
+EACH = [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in PLAIN]
 BUDGETED = [each for each in EACH if ARMS[each.values[0]].build is not outside.adalora]
 STEPS = 2 * math.ceil(ROWS / 8)
 
@@ -95,7 +86,7 @@ def test_every_arm_trains_and_is_measured(results, name):
     assert len(result["ranks"]) > 0
     # All but these go through FuseCallback; AdaLoRA's layers are not LoRA's. Of layers as small as
     # these it leaves all to PEFT, whose forward is faster there.
-    assert result["fused_modules"] == (None if name in ("adalora", "peft") else 0)
+    assert result["fused_modules"] == (None if name == "adalora" else 0)
 
 
 @pytest.mark.parametrize("name", BUDGETED)
@@ -104,7 +95,6 @@ def test_parameters_are_within_the_budget(results, name):
     shortcuts = name in ("shortcuts-all", "lora-higher")
     # Seven shortcuts, as the first layer has no cross-ffn, of 64 parameters each.
     budget = 2 * UNIT + (2 * 7 * 64 if shortcuts else 0) + (2 * 64 if name in ALL_LINEAR else 0)
-    budget *= BUDGET_SPENT.get(name, 1)
     assert 0.9 * budget < enabled <= budget
     if name in ("uniform", "random", "grad-norm", "shuffled", "shortcuts-all"):
         assert enabled == budget
@@ -126,42 +116,14 @@ def test_shuffling_deals_the_same_ranks_among_modules_of_one_size(results):
         assert ranks[0] == ranks[1]
 
 
-def test_ablations_adapt_one_module_or_all_others(results, model):
-    assert len(ABLATIONS) == 72
-    alone, without = results["alone-1-query"]["ranks"], results["without-1-query"]["ranks"]
+def test_ablations_adapt_one_module(results, model):
+    assert len(ABLATIONS) == 36
+    alone = results["alone-1-query"]["ranks"]
     assert [name for name, rank in alone.items() if rank] == [
         "bert.encoder.layer.1.attention.self.query"
     ]
-    assert all((alone[name] == 0) is (rank == 2) for name, rank in without.items())
     with pytest.raises(BenchError, match="no module 5-query"):
         ARMS["alone-5-query"].build(setting(model))
-
-
-def test_oracle_ranks_by_what_modules_were_worth_alone(model, tmp_path):
-    store = Store(tmp_path)
-    # Of modules of one size the value projections help most, the last most of all.
-    for part in PARTS:
-        loss = 1.0 - 0.1 * int(part[0]) if part.endswith("value") else 1.0
-        arm = f"alone-{part}"
-        store.save(Run(**{**a_run(model).__dict__, "arm": arm}), entry(arm, 0, loss)["result"], {})
-    adapted = oracle("sick", tmp_path)(setting(model))
-    # What it does not want is spent too, so others get some; the budget is of rank 2 everywhere.
-    ranks = adapted.ranks
-    assert max(ranks, key=ranks.__getitem__) == "bert.encoder.layer.1.attention.self.value"
-    assert max(ranks.values()) >= 8
-    assert adapter_parameters(adapted.model) <= 2 * UNIT
-    with pytest.raises(BenchError, match=r"no run on mrpc with bert\.encoder\.layer\.0"):
-        oracle("mrpc", tmp_path)(setting(model))
-
-
-def test_lora_plus_gives_b_four_times_the_rate(model):
-    adapted = ARMS["plus-57"].build(setting(model))
-    optimizer = adapted.optimizer(adapted.model, 0.01)
-    names = {id(parameter): name for name, parameter in adapted.model.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    of = {part: {rates[n] for n in rates if part in n} for part in ("lora_A", "lora_B")}
-    assert of == {"lora_A": {0.01}, "lora_B": {0.04}}
-    assert ARMS["uniform"].build(setting(model)).optimizer is None
 
 
 def test_lora_higher_has_two_neighbouring_ranks(results, model):
@@ -174,21 +136,15 @@ def test_lora_higher_has_two_neighbouring_ranks(results, model):
 
 def test_shortcuts_are_trained_and_counted(results):
     everywhere = ("shortcuts-all", "shortcuts-even", "shortcuts-spectral")
-    for name, least in (*((name, 7) for name in everywhere), ("shortcuts-searched", 1)):
+    for name in everywhere:
         ranks = [rank for key, rank in results[name]["ranks"].items() if ":" in key]
-        assert len(ranks) == 7 and sum(map(bool, ranks)) >= least
+        assert len(ranks) == 7 and all(ranks)
 
 
 def test_floors_and_warm_ups_reach_the_search(results):
     assert min(results["spectral-warm-floor"]["ranks"].values()) == 1
     assert min(results["sigma-warm-floor"]["ranks"].values()) == 1
     assert results["spectral"]["search_seconds"] < results["spectral-warm"]["search_seconds"]
-
-
-def test_a_budget_of_time_is_measured_under_the_precision_of_training(model):
-    adapted = allocated("grad-norm", step_time=1.0)(setting(model))
-    assert 0 < adapted.notes["predicted_step"] <= 1.0
-    assert 0 < adapter_parameters(adapted.model) <= 2 * UNIT
 
 
 def test_dynamic_ranks_again_five_times_an_epoch_and_says_what_was_trained(results):

@@ -9,10 +9,11 @@ from evidence_runs import entry
 
 from heterolora.bench import evidence
 from heterolora.bench.evidence import command
-from heterolora.bench.evidence.arms.ablation import KINDS, PARTS, gains, part_of, predictions
-from heterolora.bench.evidence.arms.ablation import markdown as ablation_table
+from heterolora.bench.evidence.arms.ablation import KINDS, PARTS, part_of
 from heterolora.bench.evidence.arms.registry import ARMS
 from heterolora.bench.evidence.command import BEGIN, END, tables, updated
+from heterolora.bench.evidence.report.ablation import gains, predictions
+from heterolora.bench.evidence.report.ablation import markdown as ablation_table
 from heterolora.bench.evidence.report.pictures import (
     _costs,
     _differences,

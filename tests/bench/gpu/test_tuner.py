@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_runs import result
+from heterolora.kernels.cost import LowRank, Problem
 
 from heterolora.bench.gpu import calibrate, tuner
-from heterolora.kernels.cost import LowRank, Problem
-from heterolora.kernels.tuned import measured
 from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile, shipped
+from heterolora.kernels.tuned import measured
 
 SHIPPED, FAST, SLOW = Tile(64, 64, 64), Tile(32, 32, 32), Tile(128, 128, 128)
 WRONG, BROKEN, SPILLS, HOLES = (Tile(16, 16, 16, warps=w) for w in (1, 2, 4, 8))

@@ -12,9 +12,8 @@ from heterolora.bench.cli import RESULTS
 from heterolora.bench.gpu import calibrate
 from heterolora.bench.report.measures import devices
 from heterolora.bench.report.tables import read_folder
-from heterolora.kernels.devices import CPU, device_for
-from heterolora.kernels.tuned import measured
 from heterolora.kernels.dispatch import decide
+from heterolora.kernels.tuned import measured
 
 RUNS = devices(read_folder(RESULTS))
 # Speed of the path taken over the speed of the best.
@@ -22,22 +21,14 @@ LEAST = 0.98
 PATHS = ("peft", "aten", "triton")
 
 
-def known(device):
-    """What dispatch looks up on the device, and the ceilings it falls back on."""
-    tuned = measured.shipped_for(device)
-    if RUNS[device][0].environment["device_type"] == "cpu":
-        return tuned, CPU
-    return tuned, (tuned and tuned.ceilings) or device_for(device)
-
-
 def results_of(device):
     return [result for run in RUNS[device] for result in run.results if result.timing]
 
 
-def share(entry, tuned, ceilings):
+def share(entry, tuned):
     """Speed of what dispatch takes over that of the best path measured."""
     among = tuple(path for path in PATHS if path in entry.seconds)
-    taken = decide(entry.problem, ceilings, tuned, among).path
+    taken = decide(entry.shape, tuned, among).path
     return min(entry.seconds[path] for path in among) / entry.seconds[taken]
 
 
@@ -53,10 +44,10 @@ def noise(device):
 
 @pytest.mark.parametrize("device", RUNS)
 def test_every_group_takes_the_best_path_measured(device):
-    tuned, ceilings = known(device)
+    tuned = measured.shipped_for(device)
     entries = calibrate.measured_paths(results_of(device))
     assert len(entries) > 40
-    slow = {str(e.problem): share(e, tuned, ceilings) for e in entries}
+    slow = {str(e.shape): share(e, tuned) for e in entries}
     assert {name: found for name, found in slow.items() if found < LEAST} == {}
 
 
@@ -89,13 +80,13 @@ def test_what_a_user_gets_is_not_slower_than_any_path(device):
 
 @pytest.mark.parametrize("device", RUNS)
 def test_a_shape_that_was_not_measured_does_nearly_as_well(device):
-    """Each entry in turn is taken out of the table: its neighbours or the cost model decide."""
-    tuned, ceilings = known(device)
+    """Each entry in turn is taken out of the table: its neighbours or the rule of rows decide."""
+    tuned = measured.shipped_for(device)
     assert tuned is not None
     shares = []
     for entry in tuned.paths:
-        others = tuple(other for other in tuned.paths if other.problem != entry.problem)
-        shares.append(share(entry, dataclasses.replace(tuned, paths=others), ceilings))
+        others = tuple(other for other in tuned.paths if other.shape != entry.shape)
+        shares.append(share(entry, dataclasses.replace(tuned, paths=others)))
     # Nine of ten lose nothing beyond noise, and no shape a quarter of its speed.
     assert sorted(shares)[len(shares) // 10] >= LEAST / (1 + noise(device)), sorted(shares)[:8]
     assert min(shares) > 0.75, sorted(shares)[:8]
@@ -103,12 +94,11 @@ def test_a_shape_that_was_not_measured_does_nearly_as_well(device):
 
 def test_the_guard_sees_a_slow_choice():
     device = next(iter(RUNS))
-    _, ceilings = known(device)
     entry = calibrate.measured_paths(results_of(device))[0]
     worst = {path: 1.0 if path == "peft" else 2.0 for path in entry.seconds}
     wrong = measured.Tuned(device, paths=(dataclasses.replace(entry, seconds=worst),))
     best = {path: 2.0 if path == "peft" else 1.0 for path in entry.seconds}
-    assert share(dataclasses.replace(entry, seconds=best), wrong, ceilings) == 0.5
+    assert share(dataclasses.replace(entry, seconds=best), wrong) == 0.5
 
 
 def test_tables_keep_what_else_a_file_holds(tmp_path: Path):

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from heterolora.kernels.chips import CHIPS
-from heterolora.kernels.tuned.measured import MeasuredTile
 from heterolora.kernels.gpu import launch as configs
 from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile, launch_for, odd
-from heterolora.kernels.tiles import alternatives, shipped
+from heterolora.kernels.gpu.waves import best_tile
+from heterolora.kernels.tiles import alternatives, flops_per_byte, shipped
+from heterolora.kernels.tuned.measured import MeasuredTile
 
 GPUS = [
     (8, 0),
@@ -92,7 +92,10 @@ def test_alternatives_begin_with_the_shipped_tile(capability):
 
 
 H100 = Launch(
-    shipped((9, 0), 2), programs=132, alternatives=alternatives((9, 0), 2), chip=CHIPS["H100"]
+    shipped((9, 0), 2),
+    programs=132,
+    alternatives=alternatives((9, 0), 2),
+    flops_per_byte=flops_per_byte((9, 0)),
 )
 SMALL = {"m": 200, "ns": (1024, 1024), "k": 1024}
 
@@ -112,22 +115,45 @@ def test_shapes_choose_among_the_alternatives():
     for off in ({"k": 0}, {"m": 0}, {"ns": ()}, {"ns": (0,)}):
         assert H100.tile("expand", 16, **{**SMALL, **off}) == first
     assert H100.tile("shrink", 16, **SMALL) == H100.tiles["shrink"]
-    for field in ({"alternatives": {}}, {"chip": None}):
+    for field in ({"alternatives": {}}, {"flops_per_byte": None}):
         assert dataclasses.replace(H100, **field).tile("expand", 16, **SMALL) == first
 
 
 def test_a_choice_is_made_once_for_all_batches_of_a_size(monkeypatch):
     asked = []
 
-    def choose(kernel, tiles, block_r, m, *rest):
+    def best(kernel, tiles, m, *rest):
         asked.append(m)
         return tiles[m == 256]
 
-    monkeypatch.setattr(configs, "choose", choose)
+    monkeypatch.setattr(configs, "best_tile", best)
     launch = dataclasses.replace(H100)
     tiles = [launch.tile("expand", 16, **{**SMALL, "m": m}) for m in (129, 200, 256, 257, 512)]
     assert tiles == [launch.alternatives["expand"][1]] * 3 + [launch.alternatives["expand"][0]] * 2
     assert asked == [256, 512]
+
+
+@pytest.mark.parametrize("kernel", ["expand", "dx"])
+def test_waves_by_hand(kernel):
+    """132 multiprocessors, so fast at loading that only FLOPs and the start of a sum count."""
+    wide, narrow = Tile(128, 256, 64), Tile(64, 64, 64)
+
+    def best(m, n):
+        ns, k = ([n], 4096) if kernel == "expand" else ([4096], n)
+        return best_tile(kernel, [wide, narrow], m, ns, k, 132, 1e-9)
+
+    # 4 wide tiles leave 128 multiprocessors idle, 64 narrow ones take an eighth of their time.
+    assert best(256, 512) == narrow
+    # 132 wide tiles are one wave; 1,056 narrow ones are eight, of an eighth and eight more starts.
+    assert best(128 * 12, 256 * 11) == wide
+    # A tenth less is not clearly better than the first: 136 wide tiles are two waves, half empty.
+    assert best(128 * 17, 256 * 8) == narrow
+
+
+def test_loads_speak_for_large_tiles():
+    tiles = [Tile(128, 256, 64), Tile(64, 64, 64)]
+    assert best_tile("expand", tiles, 128 * 17, [256 * 8], 4096, 132, 1e-9) == tiles[1]
+    assert best_tile("expand", tiles, 128 * 17, [256 * 8], 4096, 132, 1e6) == tiles[0]
 
 
 def test_a_measured_tile_goes_first():
