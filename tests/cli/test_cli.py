@@ -116,7 +116,7 @@ MISTAKES = {
         "train --model {broken} --data {data} --out {out}/run --max-steps 2",
         "the loss is nan at step 1: try a smaller --lr",
     ),
-    "missing allocation": (TRAIN + " --allocation {out}/gone.json", "no such allocation file"),
+    "missing allocation": (TRAIN + " --allocation {out}/gone.json", "gone.json: no such file"),
     "malformed allocation": (TRAIN + " --allocation {junk}", "junk.json: not valid JSON"),
     "allocation of a newer schema": (
         TRAIN + " --allocation {newer}",
