@@ -1,17 +1,16 @@
 """Mixed-rank LoRA: search where the rank goes, and train it with fused kernels.
 
-Importing this package costs what importing torch costs; transformers, peft and datasets load with
-the first name that needs them.
+Importing this package costs nothing: what a name needs (torch, transformers, peft) is loaded when
+the name is first asked for.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from heterolora.fusion.fuse import FuseReport, fuse, unfuse
-
 if TYPE_CHECKING:
     from heterolora import errors, kernels
     from heterolora.files.adapters import load_adapter, save_adapter
+    from heterolora.fusion.fuse import FuseReport, fuse, unfuse
     from heterolora.search import Allocation, Budget, SearchSpace, Variant, adapt, allocate
     from heterolora.search.dynamic.callback import DynamicSearchCallback
     from heterolora.shortcuts.checkpoints import ShortcutCallback
@@ -43,12 +42,13 @@ __all__ = [
     "unfuse",
 ]
 
-# Where the names lie that load when they are first asked for; a module lies in itself.
+# Where each name lies; a module lies in itself.
 _HOME = {
     "Allocation": "search",
     "Budget": "search",
     "DynamicSearchCallback": "search.dynamic.callback",
     "FuseCallback": "train.callbacks",
+    "FuseReport": "fusion.fuse",
     "GraphedTrainer": "train.trainers",
     "SearchSpace": "search",
     "ShortcutCallback": "shortcuts.checkpoints",
@@ -57,10 +57,12 @@ _HOME = {
     "add_shortcuts": "shortcuts.model",
     "allocate": "search",
     "errors": "errors",
+    "fuse": "fusion.fuse",
     "kernels": "kernels",
     "load_adapter": "files.adapters",
     "remove_shortcuts": "shortcuts.model",
     "save_adapter": "files.adapters",
+    "unfuse": "fusion.fuse",
 }
 
 

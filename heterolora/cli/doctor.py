@@ -30,6 +30,7 @@ _PACKAGES: tuple[tuple[str, str | None, str | None, bool], ...] = (
     ("rich", None, None, True),
     ("triton", "3.6", "3.10", False),
     ("matplotlib", None, None, False),
+    ("jinja2", None, None, False),
 )
 
 
