@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from heterolora.errors import AdapterFileError, ShortcutError
-from heterolora.shortcuts.attachments import Candidate, Shortcut
+from heterolora.shortcuts.attachments import Shortcut, ShortcutCandidate
 from heterolora.shortcuts.model import KINDS, MAX_RANK, Shortcuts, candidates, install
 from heterolora.shortcuts.structure import LayerParts, read_mapping
 
@@ -113,7 +113,7 @@ class SavedShortcuts:
     def __init__(
         self,
         stacks: list[list[LayerParts]],
-        entries: list[tuple[Candidate, int, float]],
+        entries: list[tuple[ShortcutCandidate, int, float]],
         tensors: Mapping[str, Tensor],
     ) -> None:
         self._stacks = stacks
@@ -209,7 +209,7 @@ class _Reader:
         except ShortcutError as exc:
             raise self._error("stacks", f"do not fit {type(base).__name__}: {exc}") from exc
 
-    def entries(self, known: list[Candidate]) -> list[tuple[Candidate, int, float]]:
+    def entries(self, known: list[ShortcutCandidate]) -> list[tuple[ShortcutCandidate, int, float]]:
         given = self.document["shortcuts"]
         if not isinstance(given, list) or not given:
             raise self._error("shortcuts", "must be a list of shortcuts")
@@ -265,7 +265,9 @@ def check_inside(root: Path, path: Path) -> None:
         )
 
 
-def _read_tensors(file: Path, entries: list[tuple[Candidate, int, float]]) -> dict[str, Tensor]:
+def _read_tensors(
+    file: Path, entries: list[tuple[ShortcutCandidate, int, float]]
+) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     expected = {}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from heterolora.errors import AdapterFileError, ModelError
-from heterolora.search.dynamic.masks import rank_in_use
+from heterolora.fusion.interface import rank_in_use
 from heterolora.shortcuts.files import check_shortcuts, write_shortcuts
 from heterolora.shortcuts.model import Shortcuts
 

@@ -18,21 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from heterolora.errors import ModelError, TrainingError
+from heterolora.fusion.interface import rank_in_use, use_rank
+from heterolora.fusion.own_base import adds_low_rank
+from heterolora.shortcuts.model import Shortcuts
 
-__all__ = ["RankMasks", "parked_count", "rank_in_use"]
-
-_MARK = "_heterolora_rank"
-
-
-def rank_in_use(layer: Any) -> int | None:
-    """The rank at which `RankMasks` has a layer used now; None where that is its full rank."""
-    rank: int | None = layer.__dict__.get(_MARK)
-    return rank
+__all__ = ["RankMasks", "parked_count"]
 
 
 def parked_count(model: nn.Module) -> int:
-    """Layers of `model` that are used at less than their full rank."""
-    return sum(_MARK in module.__dict__ for module in model.modules())
+    """How many layers of `model` are used at less than their full rank."""
+    return sum(rank_in_use(module) is not None for module in model.modules())
 
 
 @dataclass
@@ -78,8 +73,6 @@ class RankMasks:
     """
 
     def __init__(self, model: Any) -> None:
-        from heterolora.shortcuts.model import Shortcuts
-
         self.layers, self.adapter = _plain_layers(model)
         self.shortcuts: dict[str, Any] = {s.name: s for s in Shortcuts.of(model) or ()}
         found = {name: self._factors(name)[0].shape[0] for name in self.layers}
@@ -252,14 +245,16 @@ class RankMasks:
 
     def _mark(self, name: str, rank: int) -> None:
         layer = self.shortcuts.get(name) or self.layers[name]
-        layer.__dict__[_MARK] = self.ranks[name] = rank
+        use_rank(layer, rank)
+        self.ranks[name] = rank
         if rank == 0 and name in self.layers:
             _set_active(layer, [])
 
     def _unmark(self, name: str) -> None:
         layer = self.shortcuts.get(name) or self.layers[name]
-        if layer.__dict__.pop(_MARK, None) == 0 and name in self.layers:
+        if rank_in_use(layer) == 0 and name in self.layers:
             _set_active(layer, [self.adapter])
+        use_rank(layer, None)
         self.ranks[name] = self.full_rank
 
     def _check_state(self, name: str, optimizer: Any) -> None:
@@ -280,8 +275,6 @@ class RankMasks:
 def _plain_layers(model: Any) -> tuple[dict[str, Any], str]:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-
-    from heterolora.fusion.own_base import adds_low_rank
 
     if not isinstance(model, PeftModel):
         raise ModelError(f"a PeftModel is needed, not {type(model).__name__}: adapt it first")

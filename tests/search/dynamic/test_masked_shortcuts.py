@@ -9,7 +9,8 @@ from shortcut_models import plain, with_shortcuts
 
 import heterolora
 from heterolora.errors import ModelError
-from heterolora.search.dynamic.masks import RankMasks, parked_count, rank_in_use
+from heterolora.fusion.interface import rank_in_use
+from heterolora.search.dynamic.masks import RankMasks, parked_count
 
 FULL = 4  # of `with_shortcuts` for LoRA
 

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import heterolora
 from heterolora.errors import FuseError, ModelError, TrainingError
+from heterolora.fusion.interface import rank_in_use
 from heterolora.search import save_enabled
-from heterolora.search.dynamic.masks import RankMasks, parked_count, rank_in_use
+from heterolora.search.dynamic.masks import RankMasks, parked_count
 
 FULL = 8
 
