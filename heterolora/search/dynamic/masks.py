@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from heterolora.errors import ModelError, TrainingError
 from heterolora.fusion.interface import rank_in_use, use_rank
@@ -82,6 +83,12 @@ class RankMasks:
                 "one rank, the largest a module may get; adapt with heterolora.search.uniform"
             )
         self.full_rank = next(iter(found.values()))
+        computed = next((s for s in self.shortcuts.values() if is_parametrized(s)), None)
+        if computed is not None:
+            raise ModelError(
+                f"shortcut {computed.name} is parametrised, and a dynamic search switches plain "
+                "ones; add it without the parametrization"
+            )
         other = next((s for s in self.shortcuts.values() if s.rank != self.full_rank), None)
         if other is not None:
             raise ModelError(
@@ -298,6 +305,9 @@ def _plain_layers(model: Any) -> tuple[dict[str, Any], str]:
             what = "LoRA with a bias on B"
         elif layer.merged:
             what = "merged into its base weight"
+        elif is_parametrized(layer.lora_A[adapter]) or is_parametrized(layer.lora_B[adapter]):
+            # Their values are computed anew at every call, so none can be parked.
+            what = "LoRA with a parametrised factor"
         if what is not None:
             raise ModelError(
                 f"{name!r} is {what}, and a dynamic search switches plain LoRA on linear layers; "
