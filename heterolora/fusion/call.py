@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heterolora.errors import FuseError
 from heterolora.fusion.decline import is_dense, why_output
 from heterolora.fusion.interface import Runner
 from heterolora.fusion.member import Member
 from heterolora.fusion.own_base import run_base
 from heterolora.kernels import Branch, Site, group_linear, low_rank_add
-from heterolora.kernels.dispatch.paths import Choice, quickest
+from heterolora.kernels.dispatch.paths import Choice, choose, quickest
 
-__all__ = ["How", "expected", "run"]
+__all__ = ["How", "expected", "path_alone", "run"]
+
+# Rows of a training batch, for which the report says what "auto" takes.
+_ROWS = 8192
 
 
 @dataclass
@@ -48,17 +52,33 @@ def run(members: Sequence[Member], x: Tensor, how: How) -> list[Tensor | None]:
     return [outputs.get(member.name) for member in members]
 
 
-def expected(members: Sequence[Member], rows: int, how: How) -> Choice:
+def expected(members: Sequence[Member], how: How) -> Choice:
     """The path that "auto" takes for members with dense bases, and why, without running them.
 
-    Args:
-        rows: those of an input, for members that "auto" was not asked about.
+    It is that for the last input that they had, or for one of 8192 rows where they had none.
     """
     weight = members[0].site().weight
-    shape, dtype = members[0].asked or ((rows, weight.shape[1]), weight.dtype)
+    shape, dtype = members[0].asked or ((_ROWS, weight.shape[1]), weight.dtype)
     x = weight.new_empty((), dtype=dtype).expand(shape)
     sites, branches = _group(members, x, in_pass=False)
     return quickest(x, sites, branches, captured=how.captured)
+
+
+def path_alone(member: Member, how: How) -> str:
+    """What a member that nothing speaks against runs on by itself, as `FuseReport.fused` has it.
+
+    Raises:
+        FuseError: the backend cannot run it here.
+    """
+    layer, adapter = member.layer, member.adapter_branch(0)
+    sites = [member.site()] if is_dense(layer) else []
+    x = (sites[0].weight if sites else adapter.a).new_empty(1).expand(_ROWS, layer.in_features)
+    backend = "triton" if adapter.dropout else how.backend
+    try:
+        path = choose(backend, x, (adapter.a, adapter.b), sites, [adapter])
+    except ValueError as error:
+        raise FuseError(f"{member.name}: {error}") from error
+    return path if sites else f"{path}, own base matmul"
 
 
 def _with_dense_bases(members: Sequence[Member], x: Tensor, how: How) -> dict[str, Tensor]:

@@ -57,9 +57,10 @@ def fuse(
             cannot run, or a declined layer with `strict=True`; the model is left as it was.
     """
     # Here, because these import peft and transformers, which importing heterolora does not.
-    from heterolora.fusion.call import How
+    from heterolora.fusion.call import How, path_alone
     from heterolora.fusion.decline import SWITCHED_OFF, why_layer, why_nested
-    from heterolora.fusion.fused_model import Fusion, path_alone
+    from heterolora.fusion.fused_model import Fusion
+    from heterolora.fusion.member import Member
 
     if backend not in _BACKENDS:
         raise FuseError(f"unknown backend {backend!r}; choose one of {', '.join(_BACKENDS)}")
@@ -80,7 +81,7 @@ def fuse(
         if reason is not None:
             declined[name] = reason
         else:
-            paths[name] = path_alone(name, layer, how)
+            paths[name] = path_alone(Member(name, layer), how)
     unwanted = {name: reason for name, reason in declined.items() if reason != SWITCHED_OFF}
     if strict and unwanted:
         names = "; ".join(f"{name}: {reason}" for name, reason in unwanted.items())

@@ -7,35 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterolora.errors import FuseError
 from heterolora.fusion.call import How, expected, run
-from heterolora.fusion.decline import (
-    SWITCHED_OFF,
-    active_adapter,
-    dense_weight,
-    dropout_probability,
-    is_dense,
-    why_output,
-)
+from heterolora.fusion.decline import SWITCHED_OFF, is_dense, why_output
 from heterolora.fusion.group import Group, GroupFinder
 from heterolora.fusion.interface import Runner, changes_of
 from heterolora.fusion.member import Member
 from heterolora.fusion.modules import entries, parent_of_all
 from heterolora.fusion.own_base import observed
 from heterolora.fusion.report import FuseReport
-from heterolora.kernels import Branch, Site
 from heterolora.kernels.dispatch import paths as dispatch
 
-__all__ = ["FusedLayer", "Fusion", "path_alone"]
+__all__ = ["FusedLayer", "Fusion"]
 
 logger = logging.getLogger("heterolora")
 
-# Rows for which the report says what "auto" takes: a training batch.
-_ROWS = 8192
-
 
 class FusedLayer:
-    """One bound LoRA layer, whose instance dict has :meth:`forward` as the layer's own.
+    """One bound LoRA layer: :meth:`forward` stands in the layer's instance dict in place of PEFT's.
 
     Attributes:
         member: the layer, as a part of operations.
@@ -75,7 +63,7 @@ class FusedLayer:
             reason = member.unfit
         if not compiling and reason is not None and reason != SWITCHED_OFF:
             fusion.warn_once(reason)
-        # The base layer made the output, and nobody but us has seen it.
+        # Then PEFT returns what the base layer made, and nobody else has seen that.
         fresh = reason == SWITCHED_OFF and not observed(member.layer)
         return self._by_peft(x, args, kwargs, fresh=fresh)
 
@@ -170,7 +158,7 @@ class Fusion:
         for members in (*grouped, *alone):
             members = [m for m in members if m.name in names and is_dense(m.layer)]
             if members:
-                choice = expected(members, _ROWS, self.how)
+                choice = expected(members, self.how)
                 choices |= dict.fromkeys((member.name for member in members), choice)
         return choices
 
@@ -199,22 +187,3 @@ class Fusion:
             self.layers[member.name].group = group
             # "auto" was asked about the layer alone.
             member.left.clear()
-
-
-def path_alone(name: str, layer: Any, how: How) -> str:
-    """What a layer that nothing speaks against runs on by itself, as `FuseReport.fused` has it.
-
-    Raises:
-        FuseError: the backend cannot run it here.
-    """
-    adapter = active_adapter(layer)
-    factors = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
-    dense = is_dense(layer)
-    sites = [Site(dense_weight(layer))] if dense else []
-    x = (sites[0].weight if dense else factors[0]).new_empty(1).expand(_ROWS, layer.in_features)
-    wanted = "triton" if dropout_probability(layer, adapter) else how.backend
-    try:
-        path = dispatch.choose(wanted, x, factors, sites, [Branch(0, *factors)])
-    except ValueError as error:
-        raise FuseError(f"{name}: {error}") from error
-    return path if dense else f"{path}, own base matmul"

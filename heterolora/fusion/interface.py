@@ -100,7 +100,7 @@ class Changes:
 
     Attributes:
         rank: the rank at which the adapter is used, by the first rows of A [R, k] and columns of B
-            [n, R], at its full scale; None for the full rank. Only 0 is no operation at all.
+            [n, R], at its full scale; None for the full rank. At 0 the layer is switched off.
         further: branches beside the adapter's, or None.
     """
 

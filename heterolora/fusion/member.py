@@ -47,21 +47,24 @@ class Member:
         """The base layer, where it is dense."""
         return Site(dense_weight(self.layer), self.layer.base_layer.bias)
 
-    def branches(self, site: int, x: Tensor, *, in_pass: bool = True) -> list[Branch]:
-        """The branches of an operation on x, for its site of this index; the adapter's is first.
-
-        Args:
-            in_pass: whether the model runs, so that the sources of further branches are known.
-        """
+    def adapter_branch(self, site: int) -> Branch:
+        """The adapter's branch at the site of this index."""
         layer = self.layer
         name = active_adapter(layer)
         a, b = factors_in_use(layer, layer.lora_A[name].weight, layer.lora_B[name].weight)
         p = dropout_probability(layer, name)
-        own = Branch(site, a, b, layer.scaling[name], dropout=p)
+        return Branch(site, a, b, layer.scaling[name], dropout=p)
+
+    def branches(self, site: int, x: Tensor, *, in_pass: bool = True) -> list[Branch]:
+        """All branches of an operation on x at the site of this index, the adapter's first.
+
+        Args:
+            in_pass: whether the model runs, so that the sources of further branches are known.
+        """
         if self.further is None:
-            return [own]
+            return [self.adapter_branch(site)]
         further = self.further.branches if in_pass else self.further.shapes
-        return [own, *further(site, x)]
+        return [self.adapter_branch(site), *further(site, x)]
 
     def branch_names(self) -> list[str]:
         """A name for each of `branches`."""

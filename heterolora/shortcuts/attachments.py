@@ -35,6 +35,7 @@ class ShortcutCandidate:
 
     @property
     def name(self) -> str:
+        """What a shortcut of this kind is called, "<projection>:<kind>"."""
         return f"{self.projection}:{self.kind}"
 
     @property
@@ -77,10 +78,12 @@ class Shortcut(nn.Module):
 
     @property
     def name(self) -> str:
+        """What its candidate is called."""
         return self.candidate.name
 
     @property
     def rank(self) -> int:
+        """The full rank r."""
         return self.a.shape[0]
 
     @property
@@ -99,6 +102,7 @@ class Shortcut(nn.Module):
 
     @property
     def scale(self) -> float:
+        """alpha / r, at every rank in use."""
         return self.alpha / self.rank
 
     def forward(self, u: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class LayerParts:
     ffn_input: str
 
     def below(self, prefix: str) -> LayerParts:
+        """The same parts, by their names from the module that has the layer as `prefix`."""
         return LayerParts(*(f"{prefix}.{name}" for name in asdict(self).values()))
 
 

@@ -1,4 +1,4 @@
-"""What changes a layer's call, or runs it: `heterolora.fusion.interface`, and no user of it here."""
+"""What changes a layer's call, or runs it: `heterolora.fusion.interface`, without its users."""
 
 import copy
 
