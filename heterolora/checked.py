@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -121,7 +122,9 @@ class Fields:
         value = self.value(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(key, f"must be a number, not {_shown(value)}")
-        if not math.isfinite(value) or not low <= value <= high or (positive and value <= 0):
+        # Not math.isfinite, which fails at a whole number that is larger than any float.
+        finite = abs(value) <= sys.float_info.max
+        if not finite or not low <= value <= high or (positive and value <= 0):
             limit = "above 0" if positive else f"at least {low:g}" if low > -math.inf else "finite"
             limit += f" and at most {high:g}" if high < math.inf else ""
             self.fail(key, f"is {value!r:.80}; it must be {limit}")

@@ -45,6 +45,11 @@ def test_values_that_fit_come_through(tmp_path):
             "f.json: x is 2; it must be at least 0 and at most 1",
         ),
         ({"x": float("inf")}, lambda f: f.number("x"), "f.json: x is inf; it must be at least 0"),
+        (
+            {"x": 10**400},
+            lambda f: f.number("x"),
+            f"f.json: x is 1{'0' * 79}; it must be at least 0",
+        ),
         ({"s": ""}, lambda f: f.text("s"), "f.json: s must be a non-empty string, not ''"),
         ({"s": "c"}, lambda f: f.choice("s", ("a", "b")), "f.json: s is 'c', none of a, b"),
         ({"s": []}, lambda f: f.choice("s", ("a",)), "f.json: s is a list, none of a"),

@@ -72,11 +72,11 @@ class ScoringStep(Step):
 
     def forward(self) -> list[Tensor]:
         fusion = self.module.__dict__["_heterolora"]
-        fusion.scorer = Scorer(branch_factors(self.module))
+        fusion.runner = Scorer(branch_factors(self.module))
         try:
             return super().forward()
         finally:
-            fusion.scorer = None
+            fusion.runner = None
 
     def scores(self) -> dict[str, float]:
         """One number for every candidate, by name."""

@@ -7,10 +7,8 @@ compared with what PEFT would build from the configuration, on a copy of the mod
 """
 
 import copy
-import json
+import math
 import re
-import sys
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from heterolora.checked import Fields
 from heterolora.errors import AdapterFileError, ModelError
-from heterolora.files.expressions import check_expression
+from heterolora.files.baked import baked_state
+from heterolora.files.expressions import expression_problem
 from heterolora.fusion.fuse import fuse
-from heterolora.shortcuts.files import (
-    SavedShortcuts,
-    check_inside,
-    check_shortcuts,
-    write_shortcuts,
-)
-from heterolora.shortcuts.model import Shortcuts
+from heterolora.shortcuts.files import SavedShortcuts, check_shortcuts, write_shortcuts
+from heterolora.shortcuts.model import MAX_RANK, Shortcuts
+from heterolora.tensor_files import Shapes, check_inside, checked_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,10 +33,8 @@ __all__ = ["load_adapter", "save_adapter"]
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_MAX_RANK = 65536
-# Of a regular expression: characters, open-ended repeats, and repeats plus choices. PEFT matches
-# target_modules once with every module's name, but each key of a pattern.
+# The most that a regular expression may have: characters, open-ended repeats, repeats plus choices.
+# PEFT matches target_modules once with every module's name, but each key of a pattern.
 _EXPRESSION_LIMITS = (65536, 4, 8)
 _KEY_LIMITS = (1024, 2, 4)
 
@@ -57,8 +51,6 @@ _KNOWN = {
 # pissa, olora, corda, loftq and lora_ga move a part of the base weight into the adapter.
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
-Shapes = dict[str, tuple[int, ...]]
-
 
 def save_adapter(model: nn.Module, folder: str | PathLike[str], *, stock: bool = False) -> None:
     """Write every adapter of a PEFT LoRA model as safetensors, as `PeftModel.save_pretrained` does.
@@ -66,14 +58,16 @@ def save_adapter(model: nn.Module, folder: str | PathLike[str], *, stock: bool =
     Works alike on a fused and an unfused model, and the files need nothing but PEFT to load. The
     adapter called `default` goes into `folder` itself, any other into a sub-folder of its name.
     Shortcuts go into two more files in `folder`, which `load_adapter` reads and PEFT passes over.
+    A factor that is parametrised (`torch.nn.utils.parametrize`) is written as it comes out, in
+    evaluation mode: the files compute the same, and training cannot go on from them as it was.
 
     Args:
         stock: write only what stock PEFT loads, so that it computes what this model does.
 
     Raises:
-        AdapterFileError: `model` is not a PeftModel with LoRA adapters, a weight is NaN or infinite
-            (nothing is written then), `folder` cannot be written, or the model has shortcuts that
-            carry weight, with `stock`.
+        AdapterFileError: `model` is not a PeftModel with LoRA adapters, a weight is NaN, infinite
+            or so parametrised that it is no plain factor, the model has shortcuts that carry
+            weight, with `stock` (nothing is written in these cases), or `folder` cannot be written.
     """
     from peft import PeftModel, PeftType, get_peft_model_state_dict
 
@@ -83,13 +77,16 @@ def save_adapter(model: nn.Module, folder: str | PathLike[str], *, stock: bool =
             "heterolora.adapt or peft.get_peft_model returned; a plain model has its own "
             "save_pretrained."
         )
+    baked = baked_state(model)
     for name, config in model.peft_config.items():
         if config.peft_type != PeftType.LORA:
             raise AdapterFileError(
                 f"save_adapter saves LoRA adapters, and {name!r} is {config.peft_type}. "
                 "Use the model's own save_pretrained."
             )
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        state = get_peft_model_state_dict(
+            model, state_dict=baked, adapter_name=name, save_embedding_layers=False
+        )
         for key, tensor in state.items():
             if not torch.isfinite(tensor).all():
                 raise AdapterFileError(
@@ -100,7 +97,7 @@ def save_adapter(model: nn.Module, folder: str | PathLike[str], *, stock: bool =
     check_shortcuts(shortcuts, stock=stock)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=baked)
         write_shortcuts(None if stock else shortcuts, Path(folder))
     except OSError as exc:
         raise AdapterFileError(
@@ -145,8 +142,11 @@ def load_adapter(
     root = Path(folder).resolve()
     config, weights = _adapter_files(root)
     settings = _read_settings(config)
-    _check_settings(config, settings)
-    _check_tensors(weights, *_expected_shapes(config, settings, model, adapter_name))
+    must, may = _expected_shapes(config, settings, model, adapter_name)
+    for _ in checked_tensors(
+        weights, must, may, config=_CONFIG, rank_axis=_rank_axis, error=AdapterFileError
+    ):
+        pass  # Only looked at: PEFT reads the file itself.
     shortcuts = SavedShortcuts.read(root, model)
     loaded = PeftModel.from_pretrained(
         model, str(root), adapter_name=adapter_name, is_trainable=is_trainable
@@ -165,7 +165,7 @@ def _adapter_files(root: Path) -> tuple[Path, Path]:
         )
     config, weights = root / _CONFIG, root / _WEIGHTS
     for path in (config, weights):
-        check_inside(root, path)
+        check_inside(root, path, AdapterFileError)
     if not config.is_file():
         inner = sorted(path.parent.name for path in root.glob(f"*/{_CONFIG}"))
         hint = f"Name one of its sub-folders: {', '.join(inner)}." if inner else "Save it again."
@@ -182,87 +182,81 @@ def _adapter_files(root: Path) -> tuple[Path, Path]:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
-        raise AdapterFileError(f"{file}: not readable as JSON ({exc}). Save it again.") from exc
-    if not isinstance(settings, dict):
-        raise AdapterFileError(f"{file}: holds no JSON object. Save the adapter again.")
-    if settings.get("peft_type") != "LORA":
-        raise AdapterFileError(
-            f"{file}: peft_type is {settings.get('peft_type')!r}, and only 'LORA' is loaded here. "
-            "Load other adapters with peft.PeftModel.from_pretrained."
-        )
-    return settings
-
-
-def _is_number(value: Any) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and abs(value) <= sys.float_info.max
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MAX_RANK
-
-
-def _is_dropout(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
-
-
-def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """The settings in a file as they are there, all checked."""
     from peft import LoraConfig
 
-    defaults = LoraConfig().to_dict()
-    for key, value in settings.items():
-        if key not in _KNOWN and value != defaults.get(key) and (value or defaults.get(key)):
-            raise AdapterFileError(
-                f"{file}: {key} is {value!r:.80}, and only settings of plain LoRA are loaded here. "
-                "If you trust the file, use peft.PeftModel.from_pretrained"
-                f"{'.' if key in defaults else ' of a newer peft release.'}"
-            )
-    settings = {**defaults, **settings}
-
-    numbers: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "r": (_is_rank, f"a whole number from 1 to {_MAX_RANK}"),
-        "lora_alpha": (_is_number, "a finite number"),
-        "lora_dropout": (_is_dropout, "at least 0 and below 1"),
-    }
-    for key, (valid, kind) in numbers.items():
-        if not valid(settings[key]):
-            raise AdapterFileError(f"{file}: {key} is {settings[key]!r:.80}; it must be {kind}.")
-    for key, single in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        pattern = settings[key] or {}
-        if not isinstance(pattern, dict):
-            raise AdapterFileError(f"{file}: {key} must map module names to numbers.")
-        valid, kind = numbers[single]
-        for name, value in pattern.items():
-            where = f"{key}[{name!r:.80}]"
-            if not valid(value):
-                raise AdapterFileError(f"{file}: {where} is {value!r:.80}; it must be {kind}.")
-            check_expression(file, where, name, _KEY_LIMITS)
-    if settings["init_lora_weights"] not in _KEEPS_BASE:
-        raise AdapterFileError(
-            f"{file}: init_lora_weights is {settings['init_lora_weights']!r:.80}, which changes "
-            "base weights when loaded. Save it as plain LoRA, with PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+    given = Fields.load(file, AdapterFileError)
+    if given.value("peft_type", None) != "LORA":
+        given.fail(
+            "peft_type",
+            f"is {given.value('peft_type', None)!r:.80}, and only 'LORA' is loaded here. Load "
+            "other adapters with peft.PeftModel.from_pretrained.",
         )
+    defaults = LoraConfig().to_dict()
+    for key, value in given.values.items():
+        if key not in _KNOWN and value != defaults.get(key) and (value or defaults.get(key)):
+            newer = "." if key in defaults else " of a newer peft release."
+            given.fail(
+                key,
+                f"is {value!r:.80}, and only settings of plain LoRA are loaded here. If you trust "
+                f"the file, use peft.PeftModel.from_pretrained{newer}",
+            )
+    settings = Fields({**defaults, **given.values}, file, AdapterFileError)
+    _check_numbers(settings)
+    _check_names(settings)
+    start = settings.value("init_lora_weights")
+    if start not in _KEEPS_BASE:
+        settings.fail(
+            "init_lora_weights",
+            f"is {start!r:.80}, which changes base weights when loaded. Save it as plain LoRA, "
+            "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+        )
+    return given.values
+
+
+def _check_numbers(settings: Fields) -> None:
+    settings.integer("r", 1, MAX_RANK)
+    settings.number("lora_alpha", -math.inf)
+    if settings.number("lora_dropout") >= 1:
+        settings.fail("lora_dropout", f"is {settings.value('lora_dropout')}; it must be below 1")
+    if settings.value("rank_pattern"):
+        settings.each("rank_pattern", Fields.integer, low=1, high=MAX_RANK)
+    if settings.value("alpha_pattern"):
+        settings.each("alpha_pattern", Fields.number, low=-math.inf)
+
+
+def _check_names(settings: Fields) -> None:
+    """Look at what PEFT matches with the names of modules: names, and regular expressions."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        if settings.value(key):
+            settings.each(key, lambda pattern, name: _check_expression(pattern, name, name))
     for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        value = settings[key] or []
+        value = settings.value(key)
         if isinstance(value, str) and key in ("target_modules", "exclude_modules"):
-            check_expression(file, key, value, _EXPRESSION_LIMITS)
-        elif not isinstance(value, list):
-            raise AdapterFileError(f"{file}: {key} is {value!r:.80}; it must be a list of names.")
-        else:
-            for name in value:
+            _check_expression(settings, key, value, _EXPRESSION_LIMITS)
+        elif value:
+            for name in settings.entries(key, Fields.value):
                 if not isinstance(name, str) or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", name):
-                    raise AdapterFileError(
-                        f"{file}: {key} holds {name!r:.80}, which is not a module's name."
-                    )
-    layers = settings["layers_pattern"] or []
-    for text in layers if isinstance(layers, list) else [layers]:
-        if not isinstance(text, str):
-            raise AdapterFileError(f"{file}: layers_pattern holds {text!r:.80}; it must be text.")
-        check_expression(file, "layers_pattern", text, _KEY_LIMITS)
+                    settings.fail(key, f"holds {name!r:.80}, which is not a module's name.")
+    layers = settings.value("layers_pattern")
+    if isinstance(layers, str):
+        _check_expression(settings, "layers_pattern", layers)
+    elif layers:
+        for text in settings.entries("layers_pattern", Fields.text):
+            _check_expression(settings, "layers_pattern", text)
+
+
+def _check_expression(
+    fields: Fields, key: str, text: str, limits: tuple[int, int, int] = _KEY_LIMITS
+) -> None:
+    problem = expression_problem(text, limits)
+    if problem is not None:
+        fields.fail(key, problem)
+
+
+def _rank_axis(name: str) -> int | None:
+    """The rank is the number of rows of A and of columns of B."""
+    return 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
 
 
 def _expected_shapes(
@@ -298,54 +292,3 @@ def _expected_shapes(
         return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
     return shapes(False), shapes(True) if hasattr(model, "get_input_embeddings") else {}
-
-
-def _check_tensors(file: Path, must: Shapes, may: Shapes) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt", device="cpu") as saved:
-            keys = set(saved.keys())
-            if missing := sorted(must.keys() - keys):
-                raise AdapterFileError(
-                    f"{file}: {missing[0]} is missing ({len(missing)} in all). The file is "
-                    f"incomplete, or was saved with another {_CONFIG} or for another model."
-                )
-            if extra := sorted(keys - must.keys() - may.keys()):
-                raise AdapterFileError(
-                    f"{file}: {extra[0]} does not belong to this adapter on this model "
-                    f"({len(extra)} in all). Use the {_CONFIG} and the model it was saved with."
-                )
-            for key in sorted(keys):
-                head = saved.get_slice(key)
-                _check_head(file, key, tuple(head.get_shape()), {**may, **must}[key])
-                if head.get_dtype() not in _FLOATS:
-                    raise AdapterFileError(
-                        f"{file}: {key} has dtype {head.get_dtype()}, which is none of "
-                        f"{', '.join(_FLOATS)}. Save the adapter again."
-                    )
-                if not torch.isfinite(saved.get_tensor(key)).all():
-                    raise AdapterFileError(
-                        f"{file}: {key} holds NaN or infinite values. Load an earlier checkpoint."
-                    )
-    except (SafetensorError, OSError) as exc:
-        raise AdapterFileError(
-            f"{file}: not readable as safetensors ({exc}). It is cut short, or a renamed pickle; "
-            "save the adapter again."
-        ) from exc
-
-
-def _check_head(file: Path, key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if shape == expected:
-        return
-    # The rank is the number of rows of A and of columns of B.
-    axis = 0 if ".lora_A." in key else 1 if ".lora_B." in key else None
-    if axis is not None and len(shape) == 2 and shape[1 - axis] == expected[1 - axis]:
-        raise AdapterFileError(
-            f"{file}: {key} has rank {shape[axis]}, and r and rank_pattern in {_CONFIG} say "
-            f"{expected[axis]}. Use the two files of the same save."
-        )
-    raise AdapterFileError(
-        f"{file}: {key} has shape {list(shape)}, and this model needs {list(expected)}. "
-        "Use the model that the adapter was trained on."
-    )

@@ -1,45 +1,37 @@
-"""Refuse regular expressions from files that may take for ever."""
+"""Tell regular expressions that may take for ever, before `re` runs them."""
 
 import math
 import re
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from heterolora.errors import AdapterFileError
-
-__all__ = ["check_expression"]
+__all__ = ["expression_problem"]
 
 
-def check_expression(file: Path, key: str, text: str, limits: tuple[int, int, int]) -> None:
-    """Refuse a broken regular expression, and one that may take for ever to match a name.
+def expression_problem(text: str, limits: tuple[int, int, int]) -> str | None:
+    """What is wrong with a regular expression that is to match names, or None.
 
     Args:
+        text: the expression, from a file that nobody vouches for.
         limits: most characters, open-ended repeats, and repeats plus choices.
-
-    Raises:
-        AdapterFileError: naming the file and the key.
     """
     length, most_repeats, most_ways = limits
     if len(text) > length:
-        raise AdapterFileError(
-            f"{file}: {key} has {len(text)} characters, and at most {length} are read."
-        )
+        return f"has {len(text)} characters, and at most {length} are read."
     # `re` has no time limit, so the parsed form has to tell.
     parser = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
     try:
         repeats, choices = _backtracking(parser.parse(text))
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as exc:
-        raise AdapterFileError(
-            f"{file}: {key} is not a valid regular expression ({exc}). Name the modules in full."
-        ) from exc
+        return f"is not a valid regular expression ({exc}). Name the modules in full."
     if repeats > most_repeats or repeats + choices > most_ways:
-        raise AdapterFileError(
-            f"{file}: {key} is a regular expression that may take for ever, with nested or too "
-            f"many repeats or alternatives: {text!r:.80}. Name the modules in full."
+        return (
+            "is a regular expression that may take for ever, with nested or too many repeats or "
+            f"alternatives: {text!r:.80}. Name the modules in full."
         )
+    return None
 
 
 def _backtracking(parsed: Any) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """`fuse` and `unfuse`: LoRA layers bound to the group operation, and back.
 
-Import `fuse`, `unfuse` and `FuseReport` from `heterolora`; `decline` says why a layer keeps the
-forward of PEFT.
+From outside, import `fuse`, what goes with it from `fusion.fuse`, and `fusion.interface`, the one
+way to change or run a layer's call; `decline` says why a layer keeps the forward of PEFT. A call
+goes down this list: fused_model, member, decline, group, call, kernels.
 """

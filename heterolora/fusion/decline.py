@@ -1,8 +1,9 @@
 """Why a PEFT LoRA layer cannot take the fused path right now.
 
-A declined layer runs PEFT's own forward, so its result is PEFT's to the bit. The checks run at
-every call, because most of what they look at (merging, adapters, training mode) changes between
-calls; each is a few attribute reads.
+A declined layer runs PEFT's own forward, so its result is PEFT's to the bit. `why` is asked once at
+every call, because most of what it looks at (merging, adapters, training mode) changes between
+calls; each check is a few attribute reads. Only a base layer that runs by itself is looked at once
+more, after it has run (`why_output`).
 """
 
 from collections.abc import Mapping
@@ -14,20 +15,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from heterolora.fusion.interface import rank_in_use
 from heterolora.fusion.own_base import adds_low_rank
 from heterolora.kernels.dispatch import triton_reason
-from heterolora.search.dynamic.masks import rank_in_use
 
 __all__ = [
     "SWITCHED_OFF",
     "active_adapter",
-    "call_reason",
     "dense_weight",
     "dropout_probability",
-    "input_reason",
     "is_dense",
-    "layer_reason",
-    "nesting_reason",
+    "why",
+    "why_layer",
+    "why_nested",
+    "why_output",
 ]
 
 # Not a shortcoming: a search wants it so, and PEFT's forward is then the base layer's.
@@ -35,45 +36,41 @@ SWITCHED_OFF = "switched off by a search"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (nn.Parameter, Tensor)
+_EMPTY: Mapping[str, Any] = {}
 # By value: code that replaces one of them for the whole class later is noticed.
 _DENSE_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
-def layer_reason(layer: Any, backend: str = "auto") -> str | None:
-    """Reason to decline whatever the input is, or None.
+def why(
+    layer: Any, backend: str, x: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _EMPTY
+) -> str | None:
+    """Reason to decline this call of a LoRA layer, or None.
 
     Args:
         layer: any PEFT LoRA layer.
-        backend: of `fuse`; "aten" cannot drop out.
+        backend: that of `fuse`.
+        x: what the layer is called with.
+        args, kwargs: what it is called with besides.
     """
-    if not adds_low_rank(layer):
-        return _kind_reason(layer)
-    if layer.disable_adapters:
-        return "adapters disabled"
-    if layer.merged:
-        return "adapter merged into the base weight"
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not active:
-        return SWITCHED_OFF if rank_in_use(layer) == 0 else "no active adapter"
-    if len(active) > 1:
-        return f"several active adapters ({', '.join(active)})"
-    name = active[0]
-    if name in layer.lora_variant:
-        return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
-    if layer.lora_bias[name]:
-        return "lora_bias: B has a bias"
-    factor_a, factor_b = layer.lora_A[name], layer.lora_B[name]
+    if "adapter_names" in kwargs:
+        return "mixed-batch adapter_names"
+    if args or kwargs:
+        return f"extra arguments ({len(args)} positional, {sorted(kwargs)})"
     dense = is_dense(layer)
-    device = layer.base_layer.weight.device if dense else factor_a.weight.device
-    return (
-        _dropout_reason(layer, name, backend)
-        or (None if dense else _own_base_reason(layer))
-        or _factor_reason("lora_A", factor_a, device)
-        or _factor_reason("lora_B", factor_b, device)
-    )
+    return _layer_reason(layer, backend, dense) or _input_reason(layer, x, dense)
 
 
-def nesting_reason(layer: Any) -> str | None:
+def why_layer(layer: Any, backend: str = "auto") -> str | None:
+    """Reason to decline a LoRA layer now, whatever it is called with, or None.
+
+    Args:
+        layer: any PEFT LoRA layer.
+        backend: that of `fuse`; "aten" cannot drop out.
+    """
+    return _layer_reason(layer, backend, is_dense(layer))
+
+
+def why_nested(layer: Any) -> str | None:
     """Reason to decline a layer whose base holds adapted layers itself, or None.
 
     They would be called from inside the call that they are to be grouped with.
@@ -83,12 +80,12 @@ def nesting_reason(layer: Any) -> str | None:
 
 
 def active_adapter(layer: Any) -> str:
-    """The one active adapter of a layer that :func:`layer_reason` accepts."""
+    """The one active adapter of a layer that nothing speaks against."""
     return next(name for name in layer.active_adapters if name in layer.lora_A)
 
 
 def dropout_probability(layer: Any, name: str) -> float:
-    """Of an adapter right now, 0 in evaluation mode."""
+    """The probability with which an adapter drops out right now; 0 in evaluation mode."""
     dropout = layer.lora_dropout[name]
     return float(dropout.p) if type(dropout) is nn.Dropout and dropout.training else 0.0
 
@@ -115,20 +112,59 @@ def is_dense(layer: Any) -> bool:
 
 
 def dense_weight(layer: Any) -> Tensor:
-    """[n, k] of a dense base layer."""
+    """The weight [n, k] of a dense base layer."""
     base = layer.base_layer
     # Conv1D keeps its weight as [k, n].
     weight: Tensor = base.weight if isinstance(base, nn.Linear) else base.weight.t()
     return weight
 
 
-def input_reason(layer: Any, x: Any) -> str | None:
-    """Reason to decline this input for a layer that :func:`layer_reason` accepts, or None."""
+def why_output(layer: Any, x: Tensor, y: Any) -> str | None:
+    """Reason why nothing can be added to what the base layer returned for x, or None."""
+    if type(y) not in _PLAIN:
+        return f"base output is a {type(y).__name__}"
+    if y.dtype not in _DTYPES:
+        return f"base output is {y.dtype}"
+    if y.device != x.device:
+        return f"base output on {y.device}, input on {x.device}"
+    if y.shape != (*x.shape[:-1], layer.out_features):
+        return f"base output of shape {tuple(y.shape)}"
+    return None
+
+
+def _layer_reason(layer: Any, backend: str, dense: bool) -> str | None:
+    if not adds_low_rank(layer):
+        return _kind_reason(layer)
+    if layer.disable_adapters:
+        return "adapters disabled"
+    if layer.merged:
+        return "adapter merged into the base weight"
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return SWITCHED_OFF if rank_in_use(layer) == 0 else "no active adapter"
+    if len(active) > 1:
+        return f"several active adapters ({', '.join(active)})"
+    name = active[0]
+    if name in layer.lora_variant:
+        return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
+    if layer.lora_bias[name]:
+        return "lora_bias: B has a bias"
+    factor_a, factor_b = layer.lora_A[name], layer.lora_B[name]
+    device = layer.base_layer.weight.device if dense else factor_a.weight.device
+    return (
+        _dropout_reason(layer, name, backend, dense)
+        or (None if dense else _own_base_reason(layer))
+        or _factor_reason("lora_A", factor_a, device)
+        or _factor_reason("lora_B", factor_b, device)
+    )
+
+
+def _input_reason(layer: Any, x: Any, dense: bool) -> str | None:
     if type(x) not in _PLAIN:
         return f"input is a {type(x).__name__}"
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
         return f"input of shape {tuple(x.shape)}"
-    if not is_dense(layer):
+    if not dense:
         factor = layer.lora_A[active_adapter(layer)].weight
         if x.device != factor.device:
             return f"input on {x.device}, lora_A on {factor.device}"
@@ -147,22 +183,13 @@ def input_reason(layer: Any, x: Any) -> str | None:
     return None
 
 
-def call_reason(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """Reason to decline the extra arguments of a call, or None."""
-    if "adapter_names" in kwargs:
-        return "mixed-batch adapter_names"
-    if args or kwargs:
-        return f"extra arguments ({len(args)} positional, {sorted(kwargs)})"
-    return None
-
-
 def _kind_reason(layer: nn.Module) -> str:
     if type(layer).__module__.rpartition(".")[2] == "tp_layer":
         return "tensor-parallel base"
     return f"a lora.{type(layer).__name__} layer: more than base(x) + low-rank part"
 
 
-def _dropout_reason(layer: Any, name: str, backend: str) -> str | None:
+def _dropout_reason(layer: Any, name: str, backend: str, dense: bool) -> str | None:
     dropout = layer.lora_dropout[name]
     if _hooked(dropout):
         return "forward hooks on lora_dropout"
@@ -181,7 +208,7 @@ def _dropout_reason(layer: Any, name: str, backend: str) -> str | None:
         return f"active dropout (p={p}) that keeps nothing"
     if backend == "triton":
         return None
-    compute = layer.base_layer.weight if is_dense(layer) else factor
+    compute = layer.base_layer.weight if dense else factor
     reason = triton_reason(compute, [factor, layer.lora_B[name].weight])
     return None if reason is None else f"active dropout (p={p}), but {reason}"
 

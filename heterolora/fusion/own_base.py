@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["adds_low_rank", "observed", "output_reason", "run_base"]
+__all__ = ["adds_low_rank", "observed", "run_base"]
 
 # PEFT's layer classes whose forward is base(x) + scaling * B(A(dropout(x))), by module and name so
 # that none of the packages has to be installed. Read in PEFT 0.21.2. True where the dtype of the
@@ -27,7 +27,6 @@ _CLASSES = {
     "torchao.TorchaoLoraLinear": False,
 }
 _PREFIX = "peft.tuners.lora."
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def adds_low_rank(layer: nn.Module) -> bool:
@@ -35,34 +34,21 @@ def adds_low_rank(layer: nn.Module) -> bool:
     return _name(layer) in _CLASSES
 
 
-def observed(base: nn.Module) -> bool:
-    """Whether code outside of the base layer sees its calls: hooks, or a forward put on it."""
+def observed(layer: Any) -> bool:
+    """Whether code outside of a LoRA layer's base sees its calls: hooks, or a forward put on it."""
+    base = layer.base_layer
     return bool(base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
 
 
 def run_base(layer: Any, x: Tensor) -> Any:
     """What the base layer returns for x, in memory and in the dtype that the sum may be in."""
-    base = layer.base_layer
-    y = base(x)
+    y = layer.base_layer(x)
     if not isinstance(y, Tensor):
         return y
     if _CLASSES[_name(layer)] and x.device.type == "cuda" and torch.is_autocast_enabled():
         y = y.to(torch.promote_types(y.dtype, torch.get_autocast_dtype("cuda")))
     # A hook may have kept the output, which must not change under its hands.
-    return y.clone() if observed(base) else y
-
-
-def output_reason(layer: Any, x: Tensor, y: Any) -> str | None:
-    """Reason why nothing can be added to what the base layer returned, or None."""
-    if type(y) not in (Tensor, nn.Parameter):
-        return f"base output is a {type(y).__name__}"
-    if y.dtype not in _DTYPES:
-        return f"base output is {y.dtype}"
-    if y.device != x.device:
-        return f"base output on {y.device}, input on {x.device}"
-    if y.shape != (*x.shape[:-1], layer.out_features):
-        return f"base output of shape {tuple(y.shape)}"
-    return None
+    return y.clone() if observed(layer) else y
 
 
 def _name(layer: nn.Module) -> str:

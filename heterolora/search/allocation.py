@@ -13,7 +13,7 @@ from heterolora.search.dynamic.rankings import ParameterCounts
 from heterolora.search.lora_config import lora_config
 from heterolora.search.sites import Site
 from heterolora.search.variant import Variant
-from heterolora.shortcuts.attachments import Candidate
+from heterolora.shortcuts.attachments import ShortcutCandidate
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -59,7 +59,7 @@ class Allocation:
     modules_to_save: tuple[str, ...] = ()
     lookalikes: tuple[str, ...] = ()
     shortcuts: dict[str, int] = field(default_factory=dict)
-    shortcut_candidates: dict[str, Candidate] = field(default_factory=dict)
+    shortcut_candidates: dict[str, ShortcutCandidate] = field(default_factory=dict)
     shortcut_scaling: float = 2.0
     mapping: Sequence[Mapping[str, str]] | None = None
     variant: Variant = Variant()

@@ -17,7 +17,7 @@ from heterolora.errors import AllocationFileError, SearchSpaceError
 from heterolora.search.sites import Site
 from heterolora.search.space import MAX_RANK
 from heterolora.search.variant import Variant
-from heterolora.shortcuts.attachments import Candidate
+from heterolora.shortcuts.attachments import ShortcutCandidate
 from heterolora.shortcuts.model import KINDS
 from heterolora.shortcuts.structure import LayerParts
 
@@ -44,7 +44,11 @@ _PLAIN_KEYS = (
     "step_seconds",
     "task_type",
 )
-_SINCE_VERSION_2: dict[str, Any] = {"mapping": None, "shortcut_candidates": {}, "shortcut_scaling": 2.0}
+_SINCE_VERSION_2: dict[str, Any] = {
+    "mapping": None,
+    "shortcut_candidates": {},
+    "shortcut_scaling": 2.0,
+}
 _GONE = ("step_time", "step_time_error")
 
 logger = logging.getLogger("heterolora")
@@ -148,10 +152,10 @@ def _site(file: Fields, name: str) -> Site:
     )
 
 
-def _shortcut(file: Fields, name: str) -> Candidate:
+def _shortcut(file: Fields, name: str) -> ShortcutCandidate:
     entry = file.fields(name)
     entry.keys("kind", "layer", "projection", "width")
-    candidate = Candidate(
+    candidate = ShortcutCandidate(
         entry.text("projection"),
         entry.choice("kind", KINDS),
         entry.integer("layer"),

@@ -24,7 +24,7 @@ from heterolora.search.scores.proxies import PROXIES, check_proxy
 from heterolora.search.sites import Site, find_sites, heads_to_save, lookalikes, task_type
 from heterolora.search.space import SearchSpace
 from heterolora.search.variant import Variant, scored, warmed_heads
-from heterolora.shortcuts.attachments import Candidate
+from heterolora.shortcuts.attachments import ShortcutCandidate
 from heterolora.shortcuts.model import add_shortcuts, shortcut_candidates
 
 __all__ = ["allocate", "uniform"]
@@ -179,7 +179,7 @@ def uniform(
     )
 
 
-def _shortcuts(model: nn.Module, space: SearchSpace) -> tuple[Candidate, ...]:
+def _shortcuts(model: nn.Module, space: SearchSpace) -> tuple[ShortcutCandidate, ...]:
     if not space.shortcuts:
         return ()
     return shortcut_candidates(model, space.shortcuts, space.mapping)
@@ -188,7 +188,7 @@ def _shortcuts(model: nn.Module, space: SearchSpace) -> tuple[Candidate, ...]:
 def _allocation(
     model: nn.Module,
     sites: Sequence[Site],
-    shortcuts: Sequence[Candidate],
+    shortcuts: Sequence[ShortcutCandidate],
     ranks: dict[str, int],
     **fields: Any,
 ) -> Allocation:

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from heterolora.errors import ShortcutError
+from heterolora.fusion.interface import end_at, factors_in_use, rank_in_use
 from heterolora.kernels import Branch, low_rank_add
-from heterolora.search.dynamic.masks import rank_in_use
 from heterolora.shortcuts.sources import FFN, LAYER, Key, Sources
 
-__all__ = ["Attachment", "Candidate", "Shortcut"]
+__all__ = ["Attachment", "Shortcut", "ShortcutCandidate"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ShortcutCandidate:
     """A shortcut that a model could have.
 
     Attributes:
@@ -34,6 +35,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
+        """What a shortcut of this kind is called, "<projection>:<kind>"."""
         return f"{self.projection}:{self.kind}"
 
     @property
@@ -57,7 +59,7 @@ class Shortcut(nn.Module):
         source: which activation it reads.
     """
 
-    def __init__(self, candidate: Candidate, like: Tensor, rank: int, alpha: float) -> None:
+    def __init__(self, candidate: ShortcutCandidate, like: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
         self.candidate = candidate
         layer = candidate.layer
@@ -76,15 +78,17 @@ class Shortcut(nn.Module):
 
     @property
     def name(self) -> str:
+        """What its candidate is called."""
         return self.candidate.name
 
     @property
     def rank(self) -> int:
+        """The full rank r."""
         return self.a.shape[0]
 
     @property
     def in_use(self) -> int:
-        """The rank at which it is used; see `heterolora.search.dynamic.masks.RankMasks`."""
+        """The rank at which it is used, which a search may have set below its full one."""
         rank = rank_in_use(self)
         return self.rank if rank is None else rank
 
@@ -94,11 +98,11 @@ class Shortcut(nn.Module):
 
         The scale stays that of the full rank.
         """
-        rank = rank_in_use(self)
-        return (self.a, self.b) if rank is None else (self.a[:rank], self.b[:, :rank])
+        return factors_in_use(self, self.a, self.b)
 
     @property
     def scale(self) -> float:
+        """alpha / r, at every rank in use."""
         return self.alpha / self.rank
 
     def forward(self, u: Tensor) -> Tensor:
@@ -111,31 +115,50 @@ class Shortcut(nn.Module):
 
 
 class Attachment:
-    """The shortcuts that end at one projection; those switched off by a search are passed over.
+    """The shortcuts that end at one projection, as `fuse` takes them (`FurtherBranches`).
+
+    Those switched off by a search are passed over.
+
+    Args:
+        projection: the linear layer, with or without LoRA, to whose output they are added.
+        shortcuts: all of them.
+        sources: where their sources are found.
 
     Attributes:
         bound: the projection's own forward adds them, as it is fused.
-        backend: of `fuse`, or None in a model that is not fused.
+        backend: that of `fuse`, or None in a model that is not fused.
     """
 
-    def __init__(self, shortcuts: list[Shortcut], sources: Sources) -> None:
+    def __init__(self, projection: nn.Module, shortcuts: list[Shortcut], sources: Sources) -> None:
         self.shortcuts = shortcuts
         self.bound = False
         self.backend: str | None = None
         self._sources = sources
+        self._projection = projection
+        self._handle: RemovableHandle = projection.register_forward_hook(self._after)
+        end_at(projection, self)
+
+    def remove(self) -> None:
+        """Take them off the projection."""
+        self._handle.remove()
+        end_at(self._projection, None)
 
     def __iter__(self) -> Iterator[Shortcut]:
-        """Those in use, in the order of `branches`."""
+        """The shortcuts in use, in the order of `branches`."""
         return (shortcut for shortcut in self.shortcuts if shortcut.in_use)
 
+    def names(self) -> list[str]:
+        """The names of the shortcuts in use."""
+        return [shortcut.name for shortcut in self]
+
     def branches(self, site: int, x: Tensor) -> list[Branch]:
-        """For an op on x [..., k], with the sources of the running pass."""
+        """The branches of an operation on x [..., k], with the sources of the running pass."""
         if not self._sources.on:
             return []
         return [Branch(site, *s.factors, s.scale, u) for s, u in self._with_sources(x)]
 
     def shapes(self, site: int, x: Tensor) -> list[Branch]:
-        """As `branches`, but with sources of no content, for asking what an op would take."""
+        """The same branches outside of a pass, with sources of no content."""
         rows = x.shape[:-1]
         held = {s.source: x.new_empty(()).expand(*rows, s.a.shape[1]) for s in self}
         return [Branch(site, *s.factors, s.scale, held[s.source]) for s in self]
@@ -157,8 +180,7 @@ class Attachment:
             total = total + shortcut(u)
         return total.to(y.dtype)
 
-    def hook(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        """Forward hook of the projection."""
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if self.bound:
             return None
         return self.add(output, in_place=len(module._forward_hooks) == 1)

@@ -6,7 +6,6 @@
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,21 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from heterolora.checked import Fields
 from heterolora.errors import AdapterFileError, ShortcutError
-from heterolora.shortcuts.attachments import Candidate, Shortcut
+from heterolora.shortcuts.attachments import Shortcut, ShortcutCandidate
 from heterolora.shortcuts.model import KINDS, MAX_RANK, Shortcuts, candidates, install
 from heterolora.shortcuts.structure import LayerParts, read_mapping
+from heterolora.tensor_files import check_inside, checked_tensors
 
-__all__ = ["SavedShortcuts", "check_inside", "check_shortcuts", "write_shortcuts"]
+__all__ = ["SavedShortcuts", "check_shortcuts", "write_shortcuts"]
 
 SCHEMA_VERSION = 1
 
 _CONFIG = "heterolora_shortcuts.json"
 _WEIGHTS = "heterolora_shortcuts.safetensors"
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_KEYS = ("schema_version", "shortcuts", "stacks")
-_ENTRY_KEYS = ("alpha", "kind", "projection", "rank")
+# Of alpha, far above any that is meant.
+_MOST = 1e30
 
 
 def check_shortcuts(shortcuts: Shortcuts | None, *, stock: bool) -> None:
@@ -113,7 +114,7 @@ class SavedShortcuts:
     def __init__(
         self,
         stacks: list[list[LayerParts]],
-        entries: list[tuple[Candidate, int, float]],
+        entries: list[tuple[ShortcutCandidate, int, float]],
         tensors: Mapping[str, Tensor],
     ) -> None:
         self._stacks = stacks
@@ -122,7 +123,7 @@ class SavedShortcuts:
 
     @classmethod
     def read(cls, root: Path, base: nn.Module) -> "SavedShortcuts | None":
-        """Those of a folder, or None if it has none.
+        """The shortcuts of a folder, or None if it has none.
 
         Args:
             root: the folder, resolved.
@@ -138,15 +139,24 @@ class SavedShortcuts:
         if not any(path.is_file() or path.is_symlink() for path in (config, weights)):
             return None
         for path in (config, weights):
-            check_inside(root, path)
+            check_inside(root, path, AdapterFileError)
             if not path.is_file():
                 raise AdapterFileError(
                     f"{path}: missing, and the other file of the shortcuts is there. Save again."
                 )
-        reader = _Reader(config)
-        stacks = reader.stacks(base)
-        entries = reader.entries(candidates(base, stacks))
-        return cls(stacks, entries, _read_tensors(weights, entries))
+        document = Fields.load(config, AdapterFileError)
+        document.keys("schema_version", "shortcuts", "stacks")
+        document.version(SCHEMA_VERSION)
+        stacks = _read_stacks(document, base)
+        entries = _read_entries(document, candidates(base, stacks))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for candidate, rank, _ in entries:
+            shapes[f"{candidate.name}.a"] = (rank, candidate.width)
+            shapes[f"{candidate.name}.b"] = (candidate.width, rank)
+        tensors = checked_tensors(
+            weights, shapes, {}, config=_CONFIG, rank_axis=_rank_axis, error=AdapterFileError
+        )
+        return cls(stacks, entries, dict(tensors))
 
     def attach(self, model: nn.Module, *, is_trainable: bool) -> None:
         """Put them on the PeftModel around the model that they were checked against."""
@@ -164,7 +174,8 @@ class SavedShortcuts:
         """Copy the weights into the shortcuts of a model, as when a run is resumed.
 
         Raises:
-            AdapterFileError: the model has other shortcuts, ranks or scales; it is as it was then.
+            AdapterFileError: the model has other shortcuts, ranks or scales, or one of its
+                shortcuts is parametrised; it is as it was then.
         """
         saved = {candidate.name: (rank, alpha) for candidate, rank, alpha in self._entries}
         own = {shortcut.name: (shortcut.rank, shortcut.alpha) for shortcut in shortcuts}
@@ -175,6 +186,12 @@ class SavedShortcuts:
                 f"{own.get(differs)} in the model; build the model as it was when it was saved"
             )
         for shortcut in shortcuts:
+            if is_parametrized(shortcut):
+                raise AdapterFileError(
+                    f"shortcut {shortcut.name} is parametrised, and the file holds what that came "
+                    "to, from which it cannot go on; add the parametrization after loading"
+                )
+        for shortcut in shortcuts:
             self._fill(shortcut)
 
     def _fill(self, shortcut: Shortcut) -> None:
@@ -183,129 +200,36 @@ class SavedShortcuts:
             shortcut.b.copy_(self._tensors[f"{shortcut.name}.b"])
 
 
-class _Reader:
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as exc:
-            raise AdapterFileError(f"{file}: not readable as JSON ({exc}). Save it again.") from exc
-        self.document = self._object("the file", document, _KEYS)
-        version = self.document["schema_version"]
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise self._error("schema_version", f"is {version!r:.80}, not a whole number above 0")
-        if version > SCHEMA_VERSION:
-            raise self._error(
-                "schema_version",
-                f"is {version}, and this heterolora reads up to {SCHEMA_VERSION}; upgrade it",
-            )
-
-    def stacks(self, base: nn.Module) -> list[list[LayerParts]]:
-        given = self.document["stacks"]
-        if not isinstance(given, list) or not given:
-            raise self._error("stacks", "must be a list of lists of layers")
-        try:
-            return [stack for layers in given for stack in read_mapping(base, layers)]
-        except ShortcutError as exc:
-            raise self._error("stacks", f"do not fit {type(base).__name__}: {exc}") from exc
-
-    def entries(self, known: list[Candidate]) -> list[tuple[Candidate, int, float]]:
-        given = self.document["shortcuts"]
-        if not isinstance(given, list) or not given:
-            raise self._error("shortcuts", "must be a list of shortcuts")
-        by_name = {candidate.name: candidate for candidate in known}
-        found, seen = [], set()
-        for index, value in enumerate(given):
-            key = f"shortcuts[{index}]"
-            entry = self._object(key, value, _ENTRY_KEYS)
-            if entry["kind"] not in KINDS:
-                raise self._error(key, f"has kind {entry['kind']!r:.80}, none of {list(KINDS)}")
-            candidate = by_name.get(f"{entry['projection']}:{entry['kind']}")
-            if candidate is None:
-                raise self._error(
-                    key, f"is no shortcut of these layers: {entry['projection']!r:.80}"
-                )
-            if candidate.name in seen:
-                raise self._error(key, f"is there twice: {candidate.name}")
-            seen.add(candidate.name)
-            rank, alpha = entry["rank"], entry["alpha"]
-            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
-                raise self._error(f"{key}.rank", f"is {rank!r:.80}, not in 1..{MAX_RANK}")
-            number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-            if not number or not abs(alpha) <= 1e30 or not math.isfinite(alpha):
-                raise self._error(f"{key}.alpha", f"is {alpha!r:.80}, not a finite number")
-            found.append((candidate, rank, float(alpha)))
-        return found
-
-    def _object(self, key: str, value: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise self._error(key, "must be a JSON object")
-        if missing := sorted(set(keys) - value.keys()):
-            raise self._error(key, f"lacks {missing[0]!r}")
-        if extra := sorted(value.keys() - set(keys)):
-            raise self._error(key, f"has {extra[0]!r:.80}, which is not a key of it")
-        return value
-
-    def _error(self, key: str, problem: str) -> AdapterFileError:
-        return AdapterFileError(f"{self.file}: {key} {problem}")
+def _read_entries(
+    document: Fields, known: list[ShortcutCandidate]
+) -> list[tuple[ShortcutCandidate, int, float]]:
+    by_name = {candidate.name: candidate for candidate in known}
+    found: dict[str, tuple[ShortcutCandidate, int, float]] = {}
+    for entry in document.entries("shortcuts", Fields.fields):
+        entry.keys("alpha", "kind", "projection", "rank")
+        projection, kind = entry.text("projection"), entry.choice("kind", KINDS)
+        name = f"{projection}:{kind}"
+        if name not in by_name:
+            entry.fail("projection", f"is {projection!r:.80}, where no {kind} of these layers ends")
+        if name in found:
+            entry.fail("projection", f"is there twice: {name}")
+        rank, alpha = entry.integer("rank", 1, MAX_RANK), entry.number("alpha", -_MOST, _MOST)
+        found[name] = by_name[name], rank, alpha
+    if not found:
+        document.fail("shortcuts", "is empty; save again")
+    return list(found.values())
 
 
-def check_inside(root: Path, path: Path) -> None:
-    """Refuse a link out of an adapter's folder.
-
-    Raises:
-        AdapterFileError: it is one, and not into the blobs of a Hugging Face cache.
-    """
-    real = path.resolve()
-    # The Hugging Face cache keeps files in blobs/; snapshots/<revision>/ links to them.
-    cached = root.parent.name == "snapshots" and real.is_relative_to(root.parents[1] / "blobs")
-    if not real.is_relative_to(root) and not cached:
-        raise AdapterFileError(
-            f"{path}: a link out of the folder, to {real}. Copy the file itself here."
-        )
-
-
-def _read_tensors(file: Path, entries: list[tuple[Candidate, int, float]]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    expected = {}
-    for candidate, rank, _ in entries:
-        expected[f"{candidate.name}.a"] = [rank, candidate.width]
-        expected[f"{candidate.name}.b"] = [candidate.width, rank]
-    tensors = {}
+def _read_stacks(document: Fields, base: nn.Module) -> list[list[LayerParts]]:
+    given = document.entries("stacks", Fields.value)
+    if not given:
+        document.fail("stacks", "is empty; save again")
     try:
-        with safe_open(file, framework="pt", device="cpu") as saved:
-            keys = set(saved.keys())
-            if missing := sorted(expected.keys() - keys):
-                raise AdapterFileError(
-                    f"{file}: {missing[0]} is missing ({len(missing)} in all). Use the two files "
-                    "of the same save."
-                )
-            if extra := sorted(keys - expected.keys()):
-                raise AdapterFileError(
-                    f"{file}: {extra[0]} belongs to no shortcut of {_CONFIG} ({len(extra)} in "
-                    "all). Use the two files of the same save."
-                )
-            for key, shape in expected.items():
-                head = saved.get_slice(key)
-                if head.get_shape() != shape:
-                    raise AdapterFileError(
-                        f"{file}: {key} has shape {head.get_shape()}, and this model and {_CONFIG} "
-                        f"need {shape}."
-                    )
-                if head.get_dtype() not in _FLOATS:
-                    raise AdapterFileError(
-                        f"{file}: {key} has dtype {head.get_dtype()}, which is none of "
-                        f"{', '.join(_FLOATS)}."
-                    )
-                tensors[key] = saved.get_tensor(key)
-                if not torch.isfinite(tensors[key]).all():
-                    raise AdapterFileError(
-                        f"{file}: {key} holds NaN or infinite values. Load an earlier checkpoint."
-                    )
-    except (SafetensorError, OSError) as exc:
-        raise AdapterFileError(
-            f"{file}: not readable as safetensors ({exc}). It is cut short, or a renamed pickle; "
-            "save the adapter again."
-        ) from exc
-    return tensors
+        return [stack for layers in given for stack in read_mapping(base, layers)]
+    except ShortcutError as exc:
+        document.fail("stacks", f"do not fit {type(base).__name__}: {exc}")
+
+
+def _rank_axis(name: str) -> int:
+    """The rank is the number of rows of A and of columns of B."""
+    return 0 if name.endswith(".a") else 1

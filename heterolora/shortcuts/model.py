@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from heterolora.errors import ShortcutError
-from heterolora.fusion.fuse import _entries, fuse, unfuse
-from heterolora.shortcuts.attachments import Attachment, Candidate, Shortcut
+from heterolora.fusion.fuse import fuse, fusion_of, unfuse
+from heterolora.fusion.modules import entries, parent_of_all
+from heterolora.shortcuts.attachments import Attachment, Shortcut, ShortcutCandidate
 from heterolora.shortcuts.sources import FFN, LAYER, Sources, Stack
 from heterolora.shortcuts.structure import LayerParts, find_layers, layer_name, read_mapping, width
 
@@ -54,14 +54,13 @@ class Shortcuts(nn.Module):
         self.stacks = stacks
         self.attachments: dict[str, Attachment] = {}
         self._sources: Sources | None = None
-        self._handles: list[RemovableHandle] = []
 
     def __iter__(self) -> Iterator[Shortcut]:
         yield from self.branches  # type: ignore[misc]
 
     @staticmethod
     def of(model: Any) -> "Shortcuts | None":
-        """Those of a model, or None."""
+        """The shortcuts of a model, or None where it has none."""
         return next((m for m in model.children() if isinstance(m, Shortcuts)), None)
 
     def connect(self, model: Any) -> None:
@@ -89,18 +88,15 @@ class Shortcuts(nn.Module):
         for shortcut in self:
             by_projection.setdefault(shortcut.candidate.projection, []).append(shortcut)
         for name, shortcuts in by_projection.items():
-            attachment = Attachment(shortcuts, self._sources)
-            self.attachments[name] = attachment
-            module = base.get_submodule(name)
-            self._handles.append(module.register_forward_hook(attachment.hook))
+            projection = base.get_submodule(name)
+            self.attachments[name] = Attachment(projection, shortcuts, self._sources)
 
     def disconnect(self) -> None:
         """Take every hook off the model; it then runs without shortcuts."""
         if self._sources is not None:
             self._sources.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for attachment in self.attachments.values():
+            attachment.remove()
         self.attachments = {}
         self._sources = None
 
@@ -156,7 +152,7 @@ def shortcut_candidates(
     model: nn.Module,
     kinds: Sequence[str] = KINDS,
     mapping: Sequence[Mapping[str, str]] | None = None,
-) -> tuple[Candidate, ...]:
+) -> tuple[ShortcutCandidate, ...]:
     """The shortcuts that `add_shortcuts` would put on a model, LoRA layers or not, layer by layer.
 
     Raises:
@@ -168,8 +164,8 @@ def shortcut_candidates(
 
 def candidates(
     base: nn.Module, stacks: list[list[LayerParts]], kinds: Sequence[str] = KINDS
-) -> list[Candidate]:
-    """Those of these layers: every kind in every layer, but no cross-ffn in a stack's first."""
+) -> list[ShortcutCandidate]:
+    """The shortcuts of these layers: every kind in each, but no cross-ffn in a stack's first."""
     found, layer = [], 0
     for stack in stacks:
         for position, parts in enumerate(stack):
@@ -181,7 +177,7 @@ def candidates(
                 columns = width(base.get_submodule(projection))
                 assert columns is not None
                 if kind != "cross-ffn" or position:
-                    found.append(Candidate(projection, kind, layer, columns))
+                    found.append(ShortcutCandidate(projection, kind, layer, columns))
             layer += 1
     return found
 
@@ -218,14 +214,16 @@ def remove_shortcuts(model: nn.Module) -> None:
 @contextmanager
 def _unbound(model: nn.Module) -> Iterator[None]:
     """Without the fusion meanwhile, and fused again as it was afterwards."""
-    fusion = model.__dict__.get("_heterolora")
+    fusion = fusion_of(model)
     unfuse(model)
     try:
         yield
     finally:
         if fusion is not None:
-            fuse(model, backend=fusion.backend, captured=fusion.captured)
-            model.__dict__["_heterolora"].adopt(fusion)
+            fuse(model, backend=fusion.how.backend, captured=fusion.how.captured)
+            again = fusion_of(model)
+            assert again is not None
+            again.adopt(fusion)
 
 
 def _stacks(base: nn.Module, mapping: Sequence[Mapping[str, str]] | None) -> list[list[LayerParts]]:
@@ -234,7 +232,7 @@ def _stacks(base: nn.Module, mapping: Sequence[Mapping[str, str]] | None) -> lis
 
 def _build(
     base: nn.Module,
-    wanted: Sequence[Candidate],
+    wanted: Sequence[ShortcutCandidate],
     rank: int | Mapping[str, int],
     alpha: float | Mapping[str, float],
 ) -> list[Shortcut]:
@@ -263,7 +261,7 @@ def _build(
     return new
 
 
-def _value(given: Any, candidate: Candidate, default: Any) -> Any:
+def _value(given: Any, candidate: ShortcutCandidate, default: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
     return given.get(candidate.name, given.get(candidate.kind, default))
@@ -285,17 +283,8 @@ def _base(model: Any) -> nn.Module:
 
 def _windows(model: Any, base: nn.Module, stack: list[LayerParts]) -> list[nn.Module]:
     """The modules whose call is a pass through the stack, outermost first."""
-    shared = []
-    for names in zip(*(layer_name(base, parts).split(".") for parts in stack), strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    # Of a single layer, the list that it stands in.
-    if len(stack) == 1 and shared:
-        shared.pop()
-    while isinstance(base.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
-        shared.pop()
-    return list(dict.fromkeys([*_entries(model), base.get_submodule(".".join(shared))]))
+    around = parent_of_all(base, [layer_name(base, parts) for parts in stack])
+    return list(dict.fromkeys([*entries(model), base.get_submodule(around)]))
 
 
 def _witness(module: nn.Module) -> Any:

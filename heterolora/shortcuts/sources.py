@@ -12,6 +12,7 @@ the function that checkpoints it as an attribute, which is where this is put in.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,10 +39,11 @@ Key = tuple[int, str]
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
+@dataclass(frozen=True)
 class Stack:
     """Layers that follow each other: what has to be watched, as modules.
 
-    Args:
+    Attributes:
         windows: a call of one of these is a pass, outermost first.
         layers: the layer modules by number.
         captures: the modules that are called with a source.
@@ -50,21 +52,12 @@ class Stack:
         home: the module that `witness` was found in, as the first below it.
     """
 
-    def __init__(
-        self,
-        windows: Sequence[nn.Module],
-        layers: Mapping[int, nn.Module],
-        captures: Mapping[Key, nn.Module],
-        carried: frozenset[int],
-        witness: Any,
-        home: nn.Module,
-    ) -> None:
-        self.windows = list(windows)
-        self.layers = dict(layers)
-        self.captures = dict(captures)
-        self.carried = carried
-        self.witness = witness
-        self.home = home
+    windows: Sequence[nn.Module]
+    layers: Mapping[int, nn.Module]
+    captures: Mapping[Key, nn.Module]
+    carried: frozenset[int]
+    witness: Any
+    home: nn.Module
 
 
 class _Frame:
@@ -123,11 +116,13 @@ class Sources:
         return found
 
     def push(self, owner: Any, on: bool) -> _Frame:
+        """Open a frame, which `owner` will close."""
         frame = _Frame(owner, on)
         self._frames.append(frame)
         return frame
 
     def pop(self, owner: Any) -> None:
+        """Close the innermost frame, if `owner` opened it."""
         # Not one of another's: the hook that should have opened ours may never have run.
         if self._frames and self._frames[-1].owner is owner:
             self._frames.pop()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from heterolora.errors import ShortcutError
+from heterolora.fusion.modules import parent_of_all
 
 __all__ = ["LayerParts", "find_layers", "layer_name", "read_mapping", "width"]
 
@@ -34,6 +35,7 @@ class LayerParts:
     ffn_input: str
 
     def below(self, prefix: str) -> LayerParts:
+        """The same parts, by their names from the module that has the layer as `prefix`."""
         return LayerParts(*(f"{prefix}.{name}" for name in asdict(self).values()))
 
 
@@ -168,15 +170,8 @@ def width(module: nn.Module) -> int | None:
 
 
 def layer_name(base: nn.Module, parts: LayerParts) -> str:
-    """The innermost module, but no bare container, around all parts of a layer."""
-    shared = []
-    for names in zip(*(name.split(".")[:-1] for name in asdict(parts).values()), strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    while isinstance(base.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
-        shared.pop()
-    return ".".join(shared)
+    """The name of the innermost module around all parts of a layer, but no bare container."""
+    return parent_of_all(base, asdict(parts).values())
 
 
 def _parts(layer: nn.Module) -> LayerParts | None:

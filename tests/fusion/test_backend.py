@@ -7,7 +7,7 @@ from quantised import quantise_bases
 
 import heterolora
 from heterolora.errors import FuseError
-from heterolora.fusion import binding
+from heterolora.fusion import call as fused_call
 from heterolora.kernels import dispatch, spec
 
 
@@ -52,7 +52,7 @@ class _Calls:
         self.seeds, self.implementations = [], []
         monkeypatch.setattr(dispatch, "triton_reason", lambda *_: None)
         for name in ("group_linear", "low_rank_add"):
-            monkeypatch.setattr(binding, name, self._recorded(getattr(binding, name)))
+            monkeypatch.setattr(fused_call, name, self._recorded(getattr(fused_call, name)))
 
     def _recorded(self, function):
         def call(first, x, branches, *, seed=None, implementation):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import heterolora
-from heterolora.fusion import binding
+from heterolora.fusion import call as fused_call
 from heterolora.kernels import dispatch
 from heterolora.kernels.dispatch import Choice
 
@@ -35,7 +35,7 @@ def by_rows(monkeypatch):
         asked.append((rows, len(sites), captured))
         return Choice("peft" if rows <= 4 and not captured else "aten", f"by {rows} rows")
 
-    monkeypatch.setattr(binding, "quickest", quickest)
+    monkeypatch.setattr(fused_call, "quickest", quickest)
     return asked
 
 
@@ -139,7 +139,7 @@ def test_scoring_is_never_left_to_peft(by_rows, monkeypatch):
     model = adapted()
     heterolora.fuse(model, example={"x": torch.randn(2, 16)})
     seen = []
-    group_linear = binding.group_linear
+    group_linear = fused_call.group_linear
 
     class Scorer:
         def called(self, name):
@@ -152,7 +152,7 @@ def test_scoring_is_never_left_to_peft(by_rows, monkeypatch):
     fusion = model._heterolora
     x = torch.randn(2, 16)
     assert ops(model, x)[0] == 0
-    fusion.scorer = Scorer()
+    fusion.runner = Scorer()
     assert ops(model, x)[0] == 1
     assert seen == ["left", ("left", "right"), "right"]
 

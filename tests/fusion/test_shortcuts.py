@@ -9,7 +9,7 @@ from helpers import CountOps, batch_for, error, step
 from shortcut_models import FAMILIES, FEW, decoder_targets, plain, with_shortcuts
 
 import heterolora
-from heterolora.fusion import binding
+from heterolora.fusion import call as fused_call
 from heterolora.kernels.dispatch import Choice
 from heterolora.search.scores.proxies import PROXIES
 
@@ -21,13 +21,13 @@ def _added(ops):
 def _branches(monkeypatch):
     """How many branches every call of the group op had, beside one a layer."""
     counts = []
-    original = binding.group_linear
+    original = fused_call.group_linear
 
     def counted(x, sites, branches, **options):
         counts.append(len(branches) - len(sites))
         return original(x, sites, branches, **options)
 
-    monkeypatch.setattr(binding, "group_linear", counted)
+    monkeypatch.setattr(fused_call, "group_linear", counted)
     return counts
 
 
@@ -141,7 +141,7 @@ def test_dispatch_counts_them_and_no_path_drops_them(path, monkeypatch):
         asked.append((len(sites), len(branches)))
         return Choice(path, "told")
 
-    monkeypatch.setattr(binding, "quickest", quickest)
+    monkeypatch.setattr(fused_call, "quickest", quickest)
     report = heterolora.fuse(model)
     out = "bert.encoder.layer.1.attention.output.dense"
     assert (out in report.left) is (path == "peft")
@@ -242,7 +242,7 @@ def test_own_base_layers_take_them_too():
     with CountOps() as ops:
         ours, our_grads = step(model, batch)
     # One operation a layer, shortcuts included.
-    assert ops.forward == 0 and _added(ops) == len(model._heterolora.members)
+    assert ops.forward == 0 and _added(ops) == len(model._heterolora.layers)
     assert error(ours, logits) < 1e-5
     for key, grad in grads.items():
         assert error(our_grads[key], grad) < 1e-5, key

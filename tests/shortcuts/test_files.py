@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from shortcut_models import FEW, RANKS, decoder_targets, plain, with_shortcuts
+from torch.nn.utils import parametrize
 
 import heterolora
 from heterolora.errors import AdapterFileError
@@ -122,6 +123,29 @@ def test_weights_go_back_into_the_same_model(tmp_path: Path) -> None:
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, factor: torch.Tensor) -> torch.Tensor:
+        return 2 * factor
+
+
+def test_parametrised_factors_are_saved_as_they_come_out(tmp_path: Path) -> None:
+    model: Any = with_shortcuts(plain("bert"))
+    for shortcut in model.low_rank_shortcuts:
+        parametrize.register_parametrization(shortcut, "a", Doubled())
+        parametrize.register_parametrization(shortcut, "b", Doubled())
+    batch = batch_for(model)
+    expected = model.eval()(**batch).logits
+    save_adapter(model, tmp_path)
+    loaded: Any = load_adapter(plain("bert"), tmp_path)
+    unfuse(loaded)
+    assert torch.equal(loaded(**batch).logits, expected)
+    # A resumed run needs what they are computed from.
+    saved = SavedShortcuts.read(tmp_path, model.get_base_model())
+    assert saved is not None
+    with pytest.raises(AdapterFileError, match=f"shortcut {FIRST} is parametrised"):
+        saved.restore(model.low_rank_shortcuts)
+
+
 def test_values_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     model: Any = with_shortcuts(plain("bert"))
     with torch.no_grad():
@@ -182,36 +206,50 @@ CASES: dict[str, tuple[Change, str]] = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), rf"{WEIGHTS}: missing"),
     "link to JSON": (link(CONFIG), rf"{CONFIG}: a link out of the folder"),
     "link to weights": (link(WEIGHTS), rf"{WEIGHTS}: a link out of the folder"),
-    "cut JSON": (lambda f: (f / CONFIG).write_text("{") and None, "not readable as JSON"),
+    "cut JSON": (lambda f: (f / CONFIG).write_text("{") and None, "not valid JSON"),
     "list": (lambda f: (f / CONFIG).write_text("[]") and None, "the file must be a JSON object"),
     "newer": (document(lambda d: d.update(schema_version=2)), "schema_version is 2, .* upgrade"),
-    "version": (document(lambda d: d.update(schema_version="1")), "schema_version is '1'"),
-    "no version": (document(lambda d: d.pop("schema_version")), "lacks 'schema_version'"),
-    "extra key": (document(lambda d: d.update(more=1)), "the file has 'more'"),
-    "stacks": (document(lambda d: d.update(stacks={})), "stacks must be a list of lists"),
+    "version": (
+        document(lambda d: d.update(schema_version="1")),
+        "schema_version must be a whole number, not '1'",
+    ),
+    "no version": (document(lambda d: d.pop("schema_version")), "schema_version is missing"),
+    "extra key": (document(lambda d: d.update(more=1)), ": more is not a key that is known here"),
+    "stacks": (document(lambda d: d.update(stacks={})), "stacks must be a list, not an object"),
     "stack": (document(lambda d: d.update(stacks=[7])), "stacks do not fit .*mapping must be"),
     "layer": (
         document(lambda d: d["stacks"][0][0].update(ffn_input="nix")),
         "stacks do not fit BertFor.*ffn_input: .* no module 'nix'",
     ),
-    "no shortcuts": (document(lambda d: d.update(shortcuts=[])), "shortcuts must be a list"),
+    "no shortcuts": (document(lambda d: d.update(shortcuts=[])), "shortcuts is empty"),
     "entry": (document(lambda d: d["shortcuts"].append(3)), r"shortcuts\[7\] must be a JSON obj"),
-    "entry key": (entry(more=1), r"shortcuts\[0\] has 'more'"),
-    "kind": (entry(kind="in"), r"shortcuts\[0\] has kind 'in'"),
-    "first cross-ffn": (entry(kind="cross-ffn"), r"shortcuts\[0\] is no shortcut of these"),
-    "projection": (entry(projection=["x"]), r"shortcuts\[0\] is no shortcut of these layers"),
+    "entry key": (entry(more=1), r"shortcuts\[0\]\.more is not a key"),
+    "kind": (entry(kind="in"), r"shortcuts\[0\]\.kind is 'in', none of in-attn"),
+    "other projection": (
+        entry(projection="x"),
+        r"shortcuts\[0\]\.projection is 'x', where no in-attn of these layers ends",
+    ),
+    "alpha beyond sense": (entry(alpha=1e31), r"shortcuts\[0\].alpha is 1e\+31"),
+    "first cross-ffn": (entry(kind="cross-ffn"), r"\[0\].projection .*, where no cross-ffn of"),
+    "projection": (
+        entry(projection=["x"]),
+        r"shortcuts\[0\]\.projection must be a non-empty string",
+    ),
     "twice": (
         document(lambda d: d["shortcuts"].append(d["shortcuts"][0])),
-        r"shortcuts\[7\] is there twice",
+        r"shortcuts\[7\]\.projection is there twice",
     ),
     "rank 0": (entry(rank=0), r"shortcuts\[0\].rank is 0"),
     "large rank": (entry(rank=10**9), r"shortcuts\[0\].rank is 1000000000"),
-    "rank true": (entry(rank=True), r"shortcuts\[0\].rank is True"),
-    "alpha": (entry(alpha="2"), r"shortcuts\[0\].alpha is '2'"),
-    "alpha inf": (entry(alpha=float("inf")), r"shortcuts\[0\].alpha is inf"),
-    "rank of other": (entry(rank=4), rf"{WEIGHTS}: {A} has shape \[3, 48\], .* \[4, 48\]"),
+    "rank true": (entry(rank=True), r"shortcuts\[0\].rank must be a whole number, not True"),
+    "alpha": (entry(alpha="2"), r"shortcuts\[0\].alpha must be a number, not '2'"),
+    "alpha inf": (entry(alpha=float("inf")), r"the file holds Infinity"),
+    "rank of other": (entry(rank=4), rf"{WEIGHTS}: {A} has rank 3, and {CONFIG} says 4"),
     "missing": (weights(lambda s: s.pop(A)), rf"{WEIGHTS}: {A} is missing \(1 in all\)"),
-    "extra": (weights(lambda s: s.update(x=s[A] + 0)), rf"{WEIGHTS}: x belongs to no shortcut"),
+    "extra": (
+        weights(lambda s: s.update(x=s[A] + 0)),
+        rf"{WEIGHTS}: x does not belong to {CONFIG}",
+    ),
     "shape": (
         weights(lambda s: s.update({A: torch.zeros(3, 47)})),
         rf"{A} has shape \[3, 47\]",

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from heterolora.errors import AdapterFileError, ModelError
-from heterolora.search.dynamic.masks import rank_in_use
+from heterolora.files.baked import baked_state
+from heterolora.fusion.interface import rank_in_use
 from heterolora.shortcuts.files import check_shortcuts, write_shortcuts
 from heterolora.shortcuts.model import Shortcuts
 
@@ -39,7 +40,8 @@ def save_enabled(model: Any, folder: str | Path) -> dict[str, int]:
 
     Raises:
         ModelError: not such a model, or no LoRA layer is in use.
-        AdapterFileError: the folder cannot be written, or a shortcut's weight is not finite.
+        AdapterFileError: the folder cannot be written, a shortcut's weight is not finite, or a
+            factor is so parametrised that it is no plain one.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -86,7 +88,9 @@ def save_enabled(model: Any, folder: str | Path) -> dict[str, int]:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None)
 
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    state = get_peft_model_state_dict(
+        model, state_dict=baked_state(model), adapter_name=adapter, save_embedding_layers=False
+    )
     tensors: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name, found, factor = key.removeprefix(_PREFIX).rpartition(".lora_")

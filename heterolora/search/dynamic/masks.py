@@ -16,23 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from heterolora.errors import ModelError, TrainingError
+from heterolora.fusion.interface import rank_in_use, use_rank
+from heterolora.fusion.own_base import adds_low_rank
+from heterolora.shortcuts.model import Shortcuts
 
-__all__ = ["RankMasks", "parked_count", "rank_in_use"]
-
-_MARK = "_heterolora_rank"
-
-
-def rank_in_use(layer: Any) -> int | None:
-    """The rank at which `RankMasks` has a layer used now; None where that is its full rank."""
-    rank: int | None = layer.__dict__.get(_MARK)
-    return rank
+__all__ = ["RankMasks", "parked_count"]
 
 
 def parked_count(model: nn.Module) -> int:
-    """Layers of `model` that are used at less than their full rank."""
-    return sum(_MARK in module.__dict__ for module in model.modules())
+    """How many layers of `model` are used at less than their full rank."""
+    return sum(rank_in_use(module) is not None for module in model.modules())
 
 
 @dataclass
@@ -78,8 +74,6 @@ class RankMasks:
     """
 
     def __init__(self, model: Any) -> None:
-        from heterolora.shortcuts.model import Shortcuts
-
         self.layers, self.adapter = _plain_layers(model)
         self.shortcuts: dict[str, Any] = {s.name: s for s in Shortcuts.of(model) or ()}
         found = {name: self._factors(name)[0].shape[0] for name in self.layers}
@@ -89,6 +83,12 @@ class RankMasks:
                 "one rank, the largest a module may get; adapt with heterolora.search.uniform"
             )
         self.full_rank = next(iter(found.values()))
+        computed = next((s for s in self.shortcuts.values() if is_parametrized(s)), None)
+        if computed is not None:
+            raise ModelError(
+                f"shortcut {computed.name} is parametrised, and a dynamic search switches plain "
+                "ones; add it without the parametrization"
+            )
         other = next((s for s in self.shortcuts.values() if s.rank != self.full_rank), None)
         if other is not None:
             raise ModelError(
@@ -252,14 +252,16 @@ class RankMasks:
 
     def _mark(self, name: str, rank: int) -> None:
         layer = self.shortcuts.get(name) or self.layers[name]
-        layer.__dict__[_MARK] = self.ranks[name] = rank
+        use_rank(layer, rank)
+        self.ranks[name] = rank
         if rank == 0 and name in self.layers:
             _set_active(layer, [])
 
     def _unmark(self, name: str) -> None:
         layer = self.shortcuts.get(name) or self.layers[name]
-        if layer.__dict__.pop(_MARK, None) == 0 and name in self.layers:
+        if rank_in_use(layer) == 0 and name in self.layers:
             _set_active(layer, [self.adapter])
+        use_rank(layer, None)
         self.ranks[name] = self.full_rank
 
     def _check_state(self, name: str, optimizer: Any) -> None:
@@ -280,8 +282,6 @@ class RankMasks:
 def _plain_layers(model: Any) -> tuple[dict[str, Any], str]:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
-
-    from heterolora.fusion.own_base import adds_low_rank
 
     if not isinstance(model, PeftModel):
         raise ModelError(f"a PeftModel is needed, not {type(model).__name__}: adapt it first")
@@ -305,6 +305,9 @@ def _plain_layers(model: Any) -> tuple[dict[str, Any], str]:
             what = "LoRA with a bias on B"
         elif layer.merged:
             what = "merged into its base weight"
+        elif is_parametrized(layer.lora_A[adapter]) or is_parametrized(layer.lora_B[adapter]):
+            # Their values are computed anew at every call, so none can be parked.
+            what = "LoRA with a parametrised factor"
         if what is not None:
             raise ModelError(
                 f"{name!r} is {what}, and a dynamic search switches plain LoRA on linear layers; "

@@ -1,6 +1,6 @@
 """A backward pass whose LoRA gradients the score op measures instead of writing them.
 
-The layers of a fused model hand their calls to the `Scorer` while it stands at `Fusion.scorer`.
+A `Scorer` is the `Fusion.runner` of a pass: the layers of a fused model hand it their calls.
 What it cannot measure alone (a declined layer, one that is called twice in a pass, tied factors)
 gets its gradients as usual, and the same statistics are taken of those.
 """
@@ -8,7 +8,7 @@ gets its gradients as usual, and the same statistics are taken of those.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from heterolora.fusion.fuse import fuse, unfuse
+from heterolora.fusion.fuse import fuse, fusion_of, unfuse
 from heterolora.kernels import Branch, Site, group_linear_scored
 from heterolora.kernels.aten.score import branch_score, statistics_dtype
 from heterolora.kernels.spec import BranchScore
 
 if TYPE_CHECKING:
-    from heterolora.fusion.binding import Fusion
+    from heterolora.fusion.fused_model import Fusion
 
 __all__ = ["Factors", "Scorer", "fused", "measured", "with_last"]
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Scorer:
-    """The statistics of one backward pass, whose forward pass it accompanies.
+    """The statistics of one backward pass, whose forward pass it runs (`fusion.interface.Runner`).
 
     Args:
         factors: (A [r, in], B [out, r]) by the branch's name; their `.grad` holds the sums of
@@ -47,19 +47,19 @@ class Scorer:
         self._scores: dict[str, BranchScore] = {}
 
     def called(self, name: str) -> None:
-        """Counts a layer's calls. Checkpointing repeats them in backward, which does not count."""
+        """Count a layer's calls; checkpointing repeats them in backward, which does not count."""
         if self._in_forward:
             self._calls[name] += 1
 
     def run(
         self,
-        names: list[str],
+        names: Sequence[str],
         x: Tensor,
-        sites: list[Site],
-        branches: list[Branch],
+        sites: Sequence[Site],
+        branches: Sequence[Branch],
         **options: Any,
     ) -> list[Tensor]:
-        """`group_linear` of these branches, with its options."""
+        """The outputs of `group_linear`, whose backward pass measures instead of writing."""
         return group_linear_scored(
             x,
             sites,
@@ -71,7 +71,7 @@ class Scorer:
         )
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of the one forward pass that this scorer has seen."""
+        """Run the backward pass of the one forward pass that this scorer has run."""
         self._in_forward = False
         loss.backward()
 
@@ -82,7 +82,7 @@ class Scorer:
             for name, pair in self._factors.items()
         }
 
-    def _select(self, names: list[str], branches: list[Branch]) -> bool:
+    def _select(self, names: Sequence[str], branches: Sequence[Branch]) -> bool:
         """Whether this call alone makes the gradients of these layers, as nothing changes them."""
         return all(
             self._calls[name] <= 1
@@ -92,7 +92,7 @@ class Scorer:
             for name, branch in zip(names, branches, strict=True)
         )
 
-    def _record(self, names: list[str], scores: list[BranchScore | None]) -> None:
+    def _record(self, names: Sequence[str], scores: Sequence[BranchScore | None]) -> None:
         for name, score in zip(names, scores, strict=True):
             if score is not None:
                 self._scores[name] = score
@@ -111,15 +111,16 @@ def measured(a: Tensor, b: Tensor) -> BranchScore:
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[Fusion]:
-    """The model's own fusion, or one for the duration."""
-    own = "_heterolora" in model.__dict__
+    """The model's own fusion, or one for the duration; without a runner afterwards."""
+    own = fusion_of(model) is not None
     if not own:
         fuse(model)
-    fusion = model.__dict__["_heterolora"]
+    fusion = fusion_of(model)
+    assert fusion is not None
     try:
         yield fusion
     finally:
-        fusion.scorer = None
+        fusion.runner = None
         if not own:
             unfuse(model)
 

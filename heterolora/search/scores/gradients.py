@@ -158,7 +158,7 @@ def branch_statistics(
             if reduce is not None:
                 _add_gradients(factors, batch_loss(model, batch, index))
                 continue
-            fusion.scorer = scorer if last else None
+            fusion.runner = scorer if last else None
             loss = batch_loss(model, batch, index)
             scorer.backward(loss) if last else loss.backward()
         if count == 0:

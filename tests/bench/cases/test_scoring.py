@@ -93,7 +93,7 @@ def test_memory_meters_see_a_pass_that_scores(load):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         (loss,) = fused.forward()
-    assert fused.module.__dict__["_heterolora"].scorer is None
+    assert fused.module.__dict__["_heterolora"].runner is None
     loss.backward()
     assert all(f.grad is None for pair in branch_factors(fused.module).values() for f in pair)
     assert kept

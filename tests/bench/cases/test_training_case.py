@@ -27,7 +27,7 @@ GREEN = Parity(True, "", "gradients", 0.0, 0.0)
 def everything_fused(monkeypatch):
     """Dispatch would leave layers as small as these to PEFT."""
     fused = SimpleNamespace(path="aten", reason="for the test")
-    monkeypatch.setattr("heterolora.fusion.binding.quickest", lambda *_, **__: fused, raising=False)
+    monkeypatch.setattr("heterolora.fusion.call.quickest", lambda *_, **__: fused, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -188,8 +188,6 @@ def test_requests_that_make_no_sense(given, done, tmp_path):
         command("evidence", "--data", data, "--out", out)
     with pytest.raises(BenchError, match="--workers must be at least 1"):
         command(*arguments(given, "--workers", 0))
-    with pytest.raises(BenchError, match="of `bench evidence`"):
-        command("run", "--data", data)
     with pytest.raises(DataError, match="no folder 'sick'"):
         command("evidence", path, "--data", tmp_path, "--out", out)
     with pytest.raises(BenchError, match="no results"):

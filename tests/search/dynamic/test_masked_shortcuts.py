@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers import CountOps, batch_for, error, step
 from shortcut_models import plain, with_shortcuts
+from torch.nn.utils.parametrize import register_parametrization
 
 import heterolora
 from heterolora.errors import ModelError
-from heterolora.search.dynamic.masks import RankMasks, parked_count, rank_in_use
+from heterolora.fusion.interface import rank_in_use
+from heterolora.search.dynamic.masks import RankMasks, parked_count
 
 FULL = 4  # of `with_shortcuts` for LoRA
 
@@ -261,4 +263,12 @@ def test_scales_and_shapes():
 def test_one_rank_for_all():
     model = with_shortcuts(plain("bert"), ranks=5, kinds=("in-ffn",))
     with pytest.raises(ModelError, match=r"0\.output\.dense:in-ffn has rank 5, and .* rank 4: .*r"):
+        RankMasks(model)
+
+
+def test_none_that_is_computed():
+    model = with_shortcuts(plain("bert"), ranks=FULL, kinds=("in-ffn",))
+    shortcut = next(iter(model.low_rank_shortcuts))
+    register_parametrization(shortcut, "a", torch.nn.Identity())
+    with pytest.raises(ModelError, match=r"shortcut .*0\.output\.dense:in-ffn is parametrised"):
         RankMasks(model)

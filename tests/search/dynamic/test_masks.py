@@ -7,12 +7,14 @@ import torch
 from helpers import CountOps, batch_for, build, error, step, with_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import heterolora
 from heterolora.errors import FuseError, ModelError, TrainingError
+from heterolora.fusion.interface import rank_in_use
 from heterolora.search import save_enabled
-from heterolora.search.dynamic.masks import RankMasks, parked_count, rank_in_use
+from heterolora.search.dynamic.masks import RankMasks, parked_count
 
 FULL = 8
 
@@ -334,9 +336,16 @@ def _merged(model):
     return model
 
 
+def _computed(model):
+    layers = list(RankMasks(model).layers.values())
+    register_parametrization(layers[1].lora_B["default"], "weight", torch.nn.Identity())
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: _computed(with_lora(build("bert"), 4)), "is LoRA with a parametrised factor"),
         (lambda: build("bert"), "a PeftModel is needed, not BertForSequenceClassification"),
         (lambda: with_lora(build("bert")), r"LoRA layers have ranks \[1, .*search.uniform"),
         (lambda: _second(with_lora(build("bert"), 4)), r"2 adapters \(default, second\)"),

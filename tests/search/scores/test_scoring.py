@@ -274,7 +274,7 @@ def test_a_fusion_of_the_user_is_kept(fails):
     expected = plain(model, batches, "grad-norm")
     fuse(model, example=batches[0], backend="aten")
     fusion = model.__dict__["_heterolora"]
-    groups, members = list(fusion.groups), dict(fusion.members)
+    groups, layers = list(fusion.groups), dict(fusion.layers)
     if fails:
         spoilt = [batches[0], {**batches[1], "x": batches[1]["x"] / 0}]
         with pytest.raises(ScoreError, match="loss of batch 1"):
@@ -285,8 +285,8 @@ def test_a_fusion_of_the_user_is_kept(fails):
         assert mode.count == 3
         assert scores == pytest.approx(expected, rel=1e-5)
     assert model.__dict__["_heterolora"] is fusion
-    assert fusion.scorer is None
-    assert (fusion.groups, fusion.members) == (groups, members)
+    assert fusion.runner is None
+    assert (fusion.groups, fusion.layers) == (groups, layers)
     with ScoredBranches() as mode:
         model(**batches[0])["loss"].backward()
     assert mode.count == 0
