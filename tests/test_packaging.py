@@ -118,6 +118,12 @@ def test_wheel_carries_the_reviews_and_their_licence(wheel: Path) -> None:
     assert "heterolora = heterolora.cli.main:main" in entry
 
 
+def test_wheel_carries_the_templates_of_pages(wheel: Path) -> None:
+    expected = {path.name for path in (ROOT / "heterolora" / "report" / "templates").iterdir()}
+    assert "page.html" in expected
+    assert {path.name for path in (wheel / "heterolora/report/templates").iterdir()} == expected
+
+
 def test_wheel_is_without_the_evidence_and_says_so(wheel: Path) -> None:
     assert not (wheel / "heterolora" / "bench" / "evidence").exists()
     code = """

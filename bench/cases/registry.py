@@ -98,8 +98,8 @@ class Case:
 
     @property
     def described(self) -> bool:
-        """Whether the cost model knows what a step does: no scoring pass, no shortcut, no ranks
-        that are searched for.
+        """Whether a step is nothing but groups that dispatch looks up: no scoring pass, no
+        shortcut, no ranks that are searched for.
         """
         return self.kind not in ("scoring", "train") and not self.shapes.get("shortcut")
 

@@ -30,6 +30,7 @@ from heterolora.bench.report.targets import targets_table
 
 __all__ = ["BLOCKS", "TARGETS_BLOCK", "update"]
 
+_OF_PEFT = "of PEFT's"
 # Of docs/gpu.md; it waits for its first measurement cell by cell.
 TARGETS_BLOCK = "targets"
 
@@ -74,6 +75,32 @@ def _block(name: str, runs: Sequence[BenchRun]) -> str:
 
 
 def _headline(device: str, runs: Sequence[BenchRun]) -> str:
+    """Two of the README's three numbers: time and memory of a whole model's training step."""
+    timed = [r for _, r in only(runs, "model") if ratios([r], "fused", BASELINE)]
+    if not timed:
+        return ""
+    memory = {dtype: _peaks(r for r in timed if r.dtype == dtype) for dtype in DTYPES}
+    time = _times(timed, BASELINE, _OF_PEFT)
+    points = [
+        f"**Time**: a fused training step of a whole model takes {time} "
+        f"({_machine(device, runs)}, {counted(len(timed))}; [all of them](docs/bench.md))."
+    ]
+    if any(memory.values()):
+        points.append(f"**Memory**: its peak is {_by_dtype(memory, _OF_PEFT)}.")
+    return "\n".join(
+        textwrap.fill(
+            point,
+            100,
+            initial_indent="- ",
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for point in points
+    )
+
+
+def _summary(device: str, runs: Sequence[BenchRun]) -> str:
     """Ranges over whole models and over the linears of one, training runs, and peak memory."""
     sentences, chosen = [], []
     for part, start, frozen in (
@@ -273,6 +300,7 @@ def _ranks(result: CaseResult) -> str:
 
 BLOCKS: dict[str, Callable[[str, Sequence[BenchRun]], str]] = {
     "headline": _headline,
+    "summary": _summary,
     "models": _models,
     "ops": _operations,
     "scoring": _scoring,

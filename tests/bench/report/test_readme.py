@@ -88,7 +88,7 @@ def test_headline_has_the_ranges():
         result("op-8x8-m64-r8-fp32", "op", SAMPLES),
         red(),
     ]
-    assert " ".join(block("headline", run_of(*cases)).split()) == (
+    assert " ".join(block("summary", run_of(*cases)).split()) == (
         "A fused training step of a whole model takes 0.70 to 0.90 of PEFT's time in float32 and "
         "0.70 in bfloat16, and 1.40 to 1.80 of the frozen model's in float32 and 1.40 in bfloat16. "
         "On the linears of a model alone it takes 0.90 of PEFT's time in float32, and 1.80 of the "
@@ -97,7 +97,7 @@ def test_headline_has_the_ranges():
         "bfloat16. (Made-up CPU, 1 thread, 3 rounds, 4 cases.) Cases without a number because "
         "their parity check failed: 1."
     )
-    assert max(map(len, block("headline", run_of(*cases)).splitlines())) <= 100
+    assert max(map(len, block("summary", run_of(*cases)).splitlines())) <= 100
 
 
 def test_models_have_a_column_for_what_was_compiled():

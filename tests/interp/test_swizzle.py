@@ -1,13 +1,11 @@
-"""The simulated order of tiles is that of the kernels' own code."""
+"""Every tile is dealt out once: down strips of rows, through the columns of all sites."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from heterolora.kernels.schedule import Problem, owners
 
 from heterolora.kernels.gpu.device import find, swizzle
-from heterolora.kernels.tiles import Tile
 
 
 @triton.jit
@@ -28,12 +26,13 @@ def deal_kernel(out, ns, m, GROUP_M: tl.constexpr, BLOCK: tl.constexpr):
 @pytest.mark.quick
 @pytest.mark.parametrize(("m", "ns"), [(300, (64, 33)), (160, (17,)), (40, (32, 1, 100))])
 def test_the_order_of_tiles(m, ns):
-    tile, programs = Tile(16, 16, 16), 5
-    expected = []
-    for site, tiles in owners("expand", m, [Problem(n, (16,)) for n in ns], tile):
-        expected += [site] * tiles
+    block, programs, group_m = 16, 5, 8
+    rows, expected = -(-m // block), []
+    for first in range(0, rows, group_m):
+        for site, n in enumerate(ns):
+            expected += [site] * (min(group_m, rows - first) * -(-n // block))
     out = torch.full((len(expected), 4), -1, dtype=torch.int32)
-    deal_kernel[(programs,)](out, ns, m, GROUP_M=8, BLOCK=16)
+    deal_kernel[(programs,)](out, ns, m, GROUP_M=group_m, BLOCK=block)
     assert out[:, 0].tolist() == [index % programs for index in range(len(expected))]
     assert out[:, 1].tolist() == expected
     places = {tuple(row) for row in out[:, 1:].tolist()}
