@@ -22,6 +22,7 @@ from heterolora.bench.harness.parity import (
     verdict,
 )
 from heterolora.bench.harness.steps import SEED, Step, Workload, with_adapters
+from heterolora.fusion.fuse import fusion_of
 from heterolora.search.scores.backward import Scorer
 from heterolora.search.scores.gradients import branch_factors
 from heterolora.search.scores.probe import draw_b
@@ -71,7 +72,8 @@ class ScoringStep(Step):
     proxy: str = "grad-norm"
 
     def forward(self) -> list[Tensor]:
-        fusion = self.module.__dict__["_heterolora"]
+        fusion = fusion_of(self.module)
+        assert fusion is not None
         fusion.runner = Scorer(branch_factors(self.module))
         try:
             return super().forward()

@@ -15,7 +15,7 @@ from heterolora.fusion.own_base import run_base
 from heterolora.kernels import Branch, Site, group_linear, low_rank_add
 from heterolora.kernels.dispatch import Choice, choose, quickest
 
-__all__ = ["How", "expected", "path_alone", "run"]
+__all__ = ["How", "chosen_path", "path_alone", "run"]
 
 # Rows of a training batch, for which the report says what "auto" takes.
 _ROWS = 8192
@@ -42,7 +42,7 @@ def run(members: Sequence[Member], x: Tensor, how: How) -> list[Tensor | None]:
 
     Returns:
         A tensor [..., n] for each member, or None where PEFT has to run it: nothing can be added to
-        what its base returned (`Member.unfit` then says why), or PEFT is expected to be faster.
+        what its base returned (`Member.unfit` then says why), or "auto" leaves it to PEFT.
     """
     dense = [member for member in members if is_dense(member.layer)]
     outputs = _with_dense_bases(dense, x, how) if dense else {}
@@ -52,10 +52,10 @@ def run(members: Sequence[Member], x: Tensor, how: How) -> list[Tensor | None]:
     return [outputs.get(member.name) for member in members]
 
 
-def expected(members: Sequence[Member], how: How) -> Choice:
+def chosen_path(members: Sequence[Member], how: How) -> Choice:
     """The path that "auto" takes for members with dense bases, and why, without running them.
 
-    It is that for the last input that they had, or for one of 8192 rows where they had none.
+    The rows are those of the last input that they had, or 8192.
     """
     weight = members[0].site().weight
     shape, dtype = members[0].asked or ((_ROWS, weight.shape[1]), weight.dtype)
@@ -82,7 +82,7 @@ def path_alone(member: Member, how: How) -> str:
 
 
 def _with_dense_bases(members: Sequence[Member], x: Tensor, how: How) -> dict[str, Tensor]:
-    """All outputs by name, or none at all where PEFT's own layers are expected to be faster."""
+    """All outputs by name, or none at all where "auto" leaves the members to PEFT."""
     sites, branches = _group(members, x)
     path = how.backend
     # A compiler leaves out most of what makes a call slow, and would be asked anew for the one pass

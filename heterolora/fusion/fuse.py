@@ -41,8 +41,9 @@ def fuse(
         model: a `PeftModel`, or any model with LoRA layers injected.
         strict: raise instead of declining any layer.
         backend: "aten" (matmuls), "triton" (the project's kernels; the only one with active
-            dropout), or "auto": for each group and number of rows what was measured or else is
-            expected to be the fastest, PEFT's own layers included.
+            dropout), or "auto": for each group and number of rows the fastest of what was measured
+            near them, PEFT's own layers included; where nothing was, PEFT's for few rows and "aten"
+            for more.
         example: keyword arguments of one forward pass, on the model's device. Used once, without
             gradients, in evaluation mode and with the random state restored, to find the groups
             before the first step, so that a resumed run repeats the first one to the bit.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heterolora.fusion.call import How, expected, run
+from heterolora.fusion.call import How, chosen_path, run
 from heterolora.fusion.decline import SWITCHED_OFF, is_dense, why_output
 from heterolora.fusion.group import Group, GroupFinder
 from heterolora.fusion.interface import Runner, changes_of
@@ -59,7 +59,7 @@ class FusedLayer:
             y = run([member], x, how)[0] if group is None else group.run(member, x)
             if y is not None:
                 return y
-            # None still, if the layer is left to PEFT for its speed.
+            # None still, if "auto" leaves the layer to PEFT.
             reason = member.unfit
         if not compiling and reason is not None and reason != SWITCHED_OFF:
             fusion.warn_once(reason)
@@ -158,7 +158,7 @@ class Fusion:
         for members in (*grouped, *alone):
             members = [m for m in members if m.name in names and is_dense(m.layer)]
             if members:
-                choice = expected(members, self.how)
+                choice = chosen_path(members, self.how)
                 choices |= dict.fromkeys((member.name for member in members), choice)
         return choices
 

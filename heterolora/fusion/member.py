@@ -22,7 +22,7 @@ class Member:
         further: branches that end at it beside its adapter's, or None.
         unfit: why nothing can be added to what its base returns; seen only once the base has run.
         asked: shape and dtype of the last input for which "auto" chose a path.
-        left: shapes and dtypes of inputs for which PEFT's own forward is expected to be faster.
+        left: shapes and dtypes of inputs that "auto" leaves to PEFT's own forward.
     """
 
     def __init__(self, name: str, layer: Any) -> None:

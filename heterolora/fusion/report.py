@@ -15,13 +15,13 @@ class FuseReport:
             where the base layer runs by itself (quantised, hooked, any forward of its own) and the
             low-rank part is added to its output. Under "auto" every call chooses for its number of
             rows; named is the choice for the example's, without one for 8192.
-        left: why each layer that could be fused runs PEFT's own forward, which is expected to be
-            faster at the example's size. Only under "auto".
+        left: why each layer that could be fused is left to PEFT's own forward at the example's
+            size. Only under "auto".
         declined: why each other layer keeps PEFT's own forward for now. Reasons that can pass
             (merged, disabled, active dropout, ...) are looked at again at every call.
         groups: layers known so far to share one input, which run as one operation.
-        why: of each layer's path under "auto", with the times expected for its group, forward and
-            backward, in milliseconds.
+        why: the reason for each layer's path under "auto", with the times measured for its group,
+            forward and backward, in milliseconds, where there are any.
         advice: what would make "auto" surer on this device, or "".
     """
 
