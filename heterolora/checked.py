@@ -57,15 +57,13 @@ class Fields:
     @classmethod
     def parse(cls, text: str, file: Path | str, error: type[Exception]) -> Fields:
         """The object in a text; `file` is what messages call it."""
-
-        def refuse(token: str) -> NoReturn:
-            raise error(f"{file}: the file holds {token}, which is not a finite number")
-
         try:
-            values = json.loads(text, parse_constant=refuse)
+            values = json.loads(text)
         except (ValueError, RecursionError) as exc:
             raise error(f"{file}: not valid JSON ({exc})") from exc
-        return cls(values, file, error)
+        fields = cls(values, file, error)
+        fields._refuse_not_finite()
+        return fields
 
     def fail(self, key: str, problem: str) -> NoReturn:
         """Raise, naming the file and the key."""
@@ -84,6 +82,16 @@ class Fields:
         for key in sorted(self.values.keys() - {*required, *optional}):
             known = ", ".join((*required, *optional))
             self.fail(key, f"is not a key that is known here; known are {known}")
+
+    def _refuse_not_finite(self) -> None:
+        """Python's reader takes NaN, Infinity and 1e999, which are no numbers to go on with."""
+        for key, value in self.values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self.fail(key, f"is {value}, which is not a finite number")
+            if isinstance(value, dict):
+                self.fields(key)._refuse_not_finite()
+            if isinstance(value, list):
+                _Entries(value, self.file, self.error, self.path(key))._refuse_not_finite()
 
     def version(self, current: int, key: str = "schema_version") -> int:
         """The schema version, from 1 up to the one that this code writes."""

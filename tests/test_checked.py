@@ -94,7 +94,8 @@ def test_what_is_wrong_is_named(values, take, message):
     [
         ("[]", "must be a JSON object, not a list"),
         ("{", "not valid JSON"),
-        ('{"x": NaN}', "holds NaN, which is not a finite number"),
+        ('{"x": NaN}', "f.json: x is nan, which is not a finite number"),
+        ('{"d": {"q": [1, 1e999]}}', r"f.json: d.q\[1\] is inf, which is not a finite number"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )

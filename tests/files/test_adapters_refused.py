@@ -142,9 +142,9 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "infinite alpha": (
         settings(alpha_pattern={"query": float("inf")}),
-        "adapter_config.json: the file holds Infinity, which is not a finite number",
+        "adapter_config.json: alpha_pattern.query is inf, which is not a finite number",
     ),
-    "NaN alpha": (settings(lora_alpha=float("nan")), "adapter_config.json: the file holds NaN"),
+    "NaN alpha": (settings(lora_alpha=float("nan")), "adapter_config.json: lora_alpha is nan"),
     "alpha that no float holds": (
         settings(alpha_pattern={"query": 10**400}),
         "alpha_pattern['query'] is 1000",

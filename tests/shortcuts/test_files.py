@@ -243,7 +243,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "large rank": (entry(rank=10**9), r"shortcuts\[0\].rank is 1000000000"),
     "rank true": (entry(rank=True), r"shortcuts\[0\].rank must be a whole number, not True"),
     "alpha": (entry(alpha="2"), r"shortcuts\[0\].alpha must be a number, not '2'"),
-    "alpha inf": (entry(alpha=float("inf")), r"the file holds Infinity"),
+    "alpha inf": (entry(alpha=float("inf")), r"shortcuts\[0\].alpha is inf"),
     "rank of other": (entry(rank=4), rf"{WEIGHTS}: {A} has rank 3, and {CONFIG} says 4"),
     "missing": (weights(lambda s: s.pop(A)), rf"{WEIGHTS}: {A} is missing \(1 in all\)"),
     "extra": (

@@ -12,8 +12,6 @@ import time
 import pytest
 import torch
 from bench_runs import environment, red, result
-from heterolora.bench.gpu.targets import TARGETS
-from heterolora.kernels.devices import Device
 
 from heterolora.bench import __main__ as main
 from heterolora.bench import cli
@@ -21,8 +19,10 @@ from heterolora.bench.cases import peers
 from heterolora.bench.cases.registry import CASES
 from heterolora.bench.gpu import plan, suite
 from heterolora.bench.harness import record
+from heterolora.bench.harness.ceilings import Ceilings
 from heterolora.bench.harness.timing import BenchError
 from heterolora.bench.report.measures import read_folder
+from heterolora.bench.report.targets import TARGETS
 from heterolora.kernels.tuned import measured
 from heterolora.verify import cases as checks
 
@@ -227,7 +227,7 @@ def parity(monkeypatch, place, *cases, seconds: float = 1e6) -> tuple[bool, dict
     return green, content, said
 
 
-GOOD, BAD = checks.Case("op a bfloat16"), checks.Case("op b bfloat16", "y is off by 3")
+GOOD, BAD = checks.Verdict("op a bfloat16"), checks.Verdict("op b bfloat16", "y is off by 3")
 
 
 def test_a_parity_failure_is_written_and_nothing_of_triton_is_timed(monkeypatch, place):
@@ -264,19 +264,20 @@ def test_green_parity_is_not_checked_twice_but_a_cut_one_is(monkeypatch, place):
 
 def test_ceilings_of_a_gpu_go_into_every_result(monkeypatch, tmp_path):
     found = {"1x1-m1-r16": (1.0e-3, 1.02e-3)}
-    device = Device.measured("A GPU", flops=5e14, flops32=3e13, bandwidth=2e12, host=4e-6)
-    monkeypatch.setattr(suite.explain, "measure_device", lambda *args, scale: device)
+    measured = Ceilings(flops=5e14, flops32=3e13, bandwidth=2e12, host=4e-6)
+    monkeypatch.setattr(suite, "measure_ceilings", lambda *args, scale: measured)
     monkeypatch.setattr(suite.calibrate, "launch_gap", lambda device: 1.5e-6)
     monkeypatch.setattr(suite.calibrate, "triton_matmul", lambda device: (0.97, found))
     place, said = suite.Place(tmp_path, torch.device("cuda"), environment()), []
-    ceilings = suite._ceilings(place, said.append, triton=True)
-    assert (ceilings.gap, ceilings.triton_matmul, ceilings.bandwidth) == (1.5e-6, 0.97, 2e12)
+    suite._enter_ceilings(place, said.append, triton=True)
     entered = place.environment["ceilings"]
+    found_ones = (entered["gap"], entered["triton_matmul"], entered["bandwidth"], entered["host"])
+    assert found_ones == (1.5e-6, 0.97, 2e12, 4e-6)
     assert entered["flops"] == {"fp32": 3e13, "bf16": 5e14} and entered["expand"] == found
     assert any("1x1-m1-r16: 1.020" in line for line in said)
     # With red parity nothing of Triton is timed, so that nothing of it is said to be measured.
     monkeypatch.setattr(suite.calibrate, "triton_matmul", None)
-    suite._ceilings(place, said.append, triton=False)
+    suite._enter_ceilings(place, said.append, triton=False)
     assert not {"expand", "triton_matmul"} & place.environment["ceilings"].keys()
 
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_runs import result
-from heterolora.kernels.cost import LowRank, Problem
 
 from heterolora.bench.gpu import calibrate, tuner
+from heterolora.bench.harness.files import write_whole
 from heterolora.kernels.gpu.launch import KERNELS, Launch, Tile, shipped
 from heterolora.kernels.tuned import measured
+from heterolora.kernels.tuned.measured import GroupShape, LowRank
 
 SHIPPED, FAST, SLOW = Tile(64, 64, 64), Tile(32, 32, 32), Tile(128, 128, 128)
 WRONG, BROKEN, SPILLS, HOLES = (Tile(16, 16, 16, warps=w) for w in (1, 2, 4, 8))
@@ -143,10 +144,12 @@ def test_every_candidate_is_a_tile_and_every_kernel_has_some():
 SCRIPT = """
 import itertools, pathlib, sys
 import torch
-from heterolora.bench import calibrate, groups, tuner
-from heterolora.bench.harness import CpuStopwatch
-from heterolora.kernels import measured
-from heterolora.kernels.configs import KERNELS, Launch, Tile
+from heterolora.bench.cases import groups
+from heterolora.bench.gpu import calibrate, tuner
+from heterolora.bench.harness.timing import CpuStopwatch
+from heterolora.kernels.gpu.launch import Launch
+from heterolora.kernels.tiles import KERNELS, Tile
+from heterolora.kernels.tuned import measured
 
 torch.set_num_threads(1)
 # The interpreter is slow: one set of operands, not as many as exceed a cache.
@@ -225,12 +228,12 @@ def test_times_of_linears_and_groups_become_entries_of_dispatch():
         ranks={f"copies.0.{name}": rank for name, rank in zip(names, (0, 64, 4), strict=True)},
     )  # fmt: skip
     first, second = calibrate.measured_paths([op, gqa])
-    assert first.problem == Problem(8192, (4096,), (4096,), (LowRank(16),), 2, 4)
+    assert first.shape == GroupShape(8192, (4096,), (4096,), (LowRank(16),), 2, 4)
     assert first.seconds == pytest.approx(
         {"peft": 0.006, "aten": 0.003, "triton": 0.002, "base": 0.0015}
     )
     branches = (LowRank(0, 0), LowRank(64, 1), LowRank(4, 2))
-    assert second.problem == Problem(256, (4096,), (4096, 1024, 1024), branches, 4, 4)
+    assert second.shape == GroupShape(256, (4096,), (4096, 1024, 1024), branches, 4, 4)
 
     unlike = dataclasses.replace(op, ranks={"copies.0.proj": 16, "copies.1.proj": 4})
     shortcut = dataclasses.replace(op, shapes={**shapes, "shortcut": 1})
@@ -244,7 +247,7 @@ def test_entries_survive_their_file(tmp_path):
                 ranks={"copies.0.proj": 16})  # fmt: skip
     paths = tuple(calibrate.measured_paths([op]))
     written = measured.Tuned("A GPU", capability=(9, 0), paths=paths)
-    tuner.write_whole(tmp_path / "a.json", lambda to: measured.write(written, to))
+    write_whole(tmp_path / "a.json", lambda to: measured.write(written, to))
     assert measured.read(tmp_path / "a.json") == written
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -257,5 +260,5 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("whole")
     with pytest.raises(KeyboardInterrupt):
-        tuner.write_whole(path, broken)
+        write_whole(path, broken)
     assert path.read_text() == "whole" and not list(tmp_path.glob("*.json.json"))
