@@ -45,6 +45,19 @@ FEW_ROWS = 256
 _NEAR = 2.0
 
 
+# A `GroupShape` as plain numbers, which are hashed at every call: m, columns of the sources,
+# outputs of the sites, (rank, site, source, dropped out) of the branches, bytes of an element of x
+# and of A.
+_Key = tuple[
+    int,
+    tuple[int, ...],
+    tuple[int, ...],
+    tuple[tuple[int, int, int, bool], ...],
+    int,
+    int,
+]
+
+
 class Choice(NamedTuple):
     """A path and the reason for it, in words."""
 
@@ -177,17 +190,15 @@ def _looked_up(
             columns.append(operator.index(branch.a.shape[1]))
         rank = operator.index(branch.a.shape[0])
         low_rank.append((rank, branch.site, position, bool(branch.dropout)))
-    return _decide(
-        x.device,
+    key = (
         _rows(x),
         tuple(columns),
         tuple(operator.index(site.weight.shape[0]) for site in sites),
         tuple(low_rank),
         dtype.itemsize,
         max([f.dtype.itemsize for f in factors] or [dtype.itemsize]),
-        among,
-        captured,
     )
+    return _decide(x.device, key, among, captured)
 
 
 def _rows(x: Tensor) -> int:
@@ -210,32 +221,13 @@ def _power_of_two(m: int) -> int:
 
 # A compiler takes the answer as a constant and need not trace what it rests on.
 @torch.compiler.assume_constant_result
-def _decide(
-    device: torch.device,
-    m: int,
-    columns: tuple[int, ...],
-    sites: tuple[int, ...],
-    branches: tuple[tuple[int, int, int, bool], ...],
-    itemsize: int,
-    factor_itemsize: int,
-    among: tuple[str, ...],
-    captured: bool,
-) -> Choice:
-    return _cached(device, m, columns, sites, branches, itemsize, factor_itemsize, among, captured)
+def _decide(device: torch.device, key: _Key, among: tuple[str, ...], captured: bool) -> Choice:
+    return _cached(device, key, among, captured)
 
 
 @lru_cache(maxsize=4096)
-def _cached(
-    device: torch.device,
-    m: int,
-    columns: tuple[int, ...],
-    sites: tuple[int, ...],
-    branches: tuple[tuple[int, int, int, bool], ...],
-    itemsize: int,
-    factor_itemsize: int,
-    among: tuple[str, ...],
-    captured: bool,
-) -> Choice:
+def _cached(device: torch.device, key: _Key, among: tuple[str, ...], captured: bool) -> Choice:
+    m, columns, sites, branches, itemsize, factor_itemsize = key
     low_rank = tuple(LowRank(*branch) for branch in branches)
     shape = GroupShape(m, columns, sites, low_rank, itemsize, factor_itemsize)
     return decide(shape, shipped_for(device_name(device)), among, captured=captured)
