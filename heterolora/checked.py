@@ -19,10 +19,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["Fields"]
+__all__ = ["Fields", "is_integer", "is_number"]
 
 T = TypeVar("T")
 _NEEDED: Any = object()
+
+
+def is_integer(value: Any, low: int = 0, high: int | None = None) -> bool:
+    """Whether a value is a whole number in these limits; true and false are none."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and value >= low and (high is None or value <= high)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; true and false are none."""
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    # A whole number may be larger than any float.
+    return real and (isinstance(value, int) or math.isfinite(value))
 
 
 class Fields:

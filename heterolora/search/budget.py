@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from heterolora.checked import is_integer
 from heterolora.errors import BudgetError, DegenerateScoreError, ScoreError, SearchSpaceError
 from heterolora.search.space import MAX_RANK
 
@@ -68,7 +69,7 @@ class Budget:
         if (self.rank is None) == (self.params is None):
             raise BudgetError("give exactly one of Budget(rank=...) and Budget(params=...)")
         name, value = ("rank", self.rank) if self.params is None else ("params", self.params)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_integer(value, low=1):
             raise BudgetError(f"Budget({name}={value!r}): expected a positive integer")
         if self.rank is not None and self.rank > MAX_RANK:
             raise BudgetError(f"Budget(rank={self.rank}): the largest rank is {MAX_RANK}")

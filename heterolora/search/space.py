@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from heterolora.checked import is_integer
 from heterolora.errors import SearchSpaceError
 from heterolora.shortcuts.model import KINDS, MAX_RANK
 
@@ -72,7 +73,7 @@ def _checked_ranks(ranks: object) -> tuple[int, ...]:
     if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Sequence):
         raise SearchSpaceError(f"ranks must be a sequence of integers, not {ranks!r}")
     for rank in ranks:
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= MAX_RANK:
+        if not is_integer(rank, high=MAX_RANK):
             raise SearchSpaceError(f"rank {rank!r} is not an integer in 0..{MAX_RANK}")
     if not any(ranks):
         raise SearchSpaceError(f"ranks={tuple(ranks)!r} holds no rank above 0")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from heterolora.checked import is_integer, is_number
 from heterolora.errors import SearchSpaceError
 from heterolora.fusion.fuse import fuse, unfuse
 from heterolora.search.allocation import Allocation
@@ -238,13 +238,12 @@ def _warn_of_zeros(scores: Mapping[str, float]) -> None:
 
 
 def _checked_scaling(scaling: Any) -> float:
-    valid = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-    if not valid or not math.isfinite(scaling) or scaling <= 0:
+    if not is_number(scaling) or scaling <= 0:
         raise SearchSpaceError(f"scaling={scaling!r}: expected a positive number (alpha/r)")
     return float(scaling)
 
 
 def _checked_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not is_integer(seed, high=2**32 - 1):
         raise SearchSpaceError(f"seed={seed!r}: expected an integer in 0..2**32-1")
     return seed

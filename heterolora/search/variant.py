@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from heterolora.checked import is_integer, is_number
 from heterolora.errors import SearchSpaceError
 from heterolora.search.gains import averaged
 from heterolora.search.scores.gradients import Batch, batch_loss, branch_factors, training_mode
@@ -54,13 +54,12 @@ class Variant:
     def __post_init__(self) -> None:
         for key in ("head_steps", "train_steps", "floor"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if not is_integer(value):
                 raise SearchSpaceError(f"{key}={value!r}: expected a whole number, 0 or more")
         for key in ("by_layer", "shuffle"):
             if not isinstance(getattr(self, key), bool):
                 raise SearchSpaceError(f"{key}={getattr(self, key)!r}: expected True or False")
-        number = isinstance(self.lr, (int, float)) and not isinstance(self.lr, bool)
-        if not number or not math.isfinite(self.lr) or self.lr <= 0:
+        if not is_number(self.lr) or self.lr <= 0:
             raise SearchSpaceError(f"lr={self.lr!r}: expected a positive number")
 
     def offered(self, ranks: Sequence[int]) -> tuple[int, ...]:

@@ -14,13 +14,13 @@ normalise what a sub-layer returns before the residual connection adds it: the n
 shortcut together with the sub-layer's own output.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from heterolora.checked import is_integer, is_number
 from heterolora.errors import ShortcutError
 from heterolora.fusion.fuse import fuse, fusion_of, unfuse
 from heterolora.fusion.modules import entries, parent_of_all
@@ -247,12 +247,12 @@ def _build(
     for candidate in wanted:
         name = candidate.name
         r = _value(rank, candidate, 0)
-        if isinstance(r, bool) or not isinstance(r, int) or not 0 <= r <= MAX_RANK:
+        if not is_integer(r, high=MAX_RANK):
             raise ShortcutError(f"{name}: rank {r!r} is not an integer in 0..{MAX_RANK}")
         if r == 0:
             continue
         a = _value(alpha, candidate, None)
-        if isinstance(a, bool) or not isinstance(a, int | float) or not math.isfinite(a):
+        if not is_number(a):
             raise ShortcutError(f"{name}: alpha {a!r} is not a finite number")
         like = next(base.get_submodule(candidate.projection).parameters())
         new.append(Shortcut(candidate, like, r, float(a)))

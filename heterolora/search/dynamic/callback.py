@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from heterolora.checked import is_integer, is_number
 from heterolora.errors import BudgetError, ModelError, SearchSpaceError, TrainingError
 from heterolora.search.budget import Budget, Priced
 from heterolora.search.dynamic.masks import RankMasks, parked_count
@@ -120,15 +121,15 @@ class DynamicSearchCallback(TrainerCallback):
         if not isinstance(shortcut_budget, Budget | None):
             raise BudgetError(f"shortcut_budget must be a Budget or None, not {shortcut_budget!r}")
         check_proxy(proxy)
-        if not _is_number(every) or not 0 < every <= 1:
+        if not is_number(every) or not 0 < every <= 1:
             raise SearchSpaceError(f"every={every!r}: expected a fraction of an epoch, up to 1")
-        if not _is_number(warmup_epochs) or not 0 <= warmup_epochs < math.inf:
+        if not is_number(warmup_epochs) or not 0 <= warmup_epochs < math.inf:
             raise SearchSpaceError(f"warmup_epochs={warmup_epochs!r}: expected 0 or more")
         if warmup not in _WARMUPS:
             raise SearchSpaceError(
                 f"unknown warmup {warmup!r}; choose one of {', '.join(_WARMUPS)}"
             )
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        if not is_integer(seed, high=2**32 - 1):
             raise SearchSpaceError(f"seed={seed!r}: expected an integer in 0..2**32-1")
         self.budget = budget
         self.shortcut_budget = shortcut_budget
@@ -358,7 +359,3 @@ class DynamicSearchCallback(TrainerCallback):
 
     def _count(self, ranks: dict[str, int]) -> int:
         return sum(each.unit_cost * ranks.get(each.name, 0) for each in self._candidates)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

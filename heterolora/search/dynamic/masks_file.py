@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from heterolora.checked import Fields
 from heterolora.errors import TrainingError
 from heterolora.search.space import MAX_RANK
 
@@ -86,35 +87,18 @@ def read_search(folder: Path) -> SavedSearch:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        document = json.loads(text or "null")
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path}: not readable ({error}); use an earlier checkpoint") from error
-    if not isinstance(document, dict):
-        raise TrainingError(f"{path}: the entry {_KEY!r} of its metadata is no JSON object")
-    version = document.get("schema_version")
-    if not isinstance(version, int) or not _is_count(version, 2**31):
-        raise TrainingError(f"{path}: schema_version is {version!r}")
-    if version > SCHEMA_VERSION:
+    if text is None:
         raise TrainingError(
-            f"{path}: schema_version is {version}, and this heterolora reads up to "
-            f"{SCHEMA_VERSION}; upgrade it"
+            f"{path}: its metadata has no entry {_KEY!r}; use an earlier checkpoint"
         )
-    if not _is_count(document.get("step"), 2**62):
-        raise TrainingError(f"{path}: step is {document.get('step')!r}")
-    if not isinstance(document.get("settings"), dict):
-        raise TrainingError(f"{path}: settings is no JSON object")
-    for key in ("ranks", "ever"):
-        ranks = document.get(key)
-        if not isinstance(ranks, dict) or not all(_is_count(r, MAX_RANK) for r in ranks.values()):
-            raise TrainingError(f"{path}: {key} does not map module names to ranks")
+    file = Fields.parse(text, path, TrainingError)
+    file.version(SCHEMA_VERSION)
     return SavedSearch(
-        step=document["step"],
-        ranks=document["ranks"],
-        ever=document["ever"],
-        settings=document["settings"],
+        step=file.integer("step"),
+        ranks=file.each("ranks", Fields.integer, high=MAX_RANK),
+        ever=file.each("ever", Fields.integer, high=MAX_RANK),
+        settings=file.fields("settings").values,
         tensors=tensors,
     )
-
-
-def _is_count(value: Any, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
