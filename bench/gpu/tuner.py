@@ -73,7 +73,7 @@ _MATMUL = (
     Tile(128, 64, 64, warps=4, stages=4),
     Tile(64, 64, 64, warps=4, stages=4),
 )
-# Which of m, n, k a kernel uses is in `configs`: shrink has no n, dy no k, da no n.
+# Of m, n and k, shrink has no n, dy no k, da no n.
 CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
     "expand": _MATMUL,
     "expand_tma": _MATMUL,
