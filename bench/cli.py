@@ -31,14 +31,14 @@ examples:
 RESULTS = Path(__file__).resolve().parent / "results"
 _ROUNDS, _QUICK_ROUNDS = 15, 3
 _MINUTES = 8.0
+_OF_RUN = ("case", "quick", "compile", "explain", "json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Four programs: cases are run where no other is named."""
     _add_run(parser)
     programs = parser.add_subparsers(metavar="PROGRAM", help="run (default), or:")
-    run_cases = programs.add_parser("run", help="run cases")
-    _add_run(run_cases)
+    _add_run(programs.add_parser("run", help="run cases"), again=True)
     report = programs.add_parser("report", help="tables, pages and plots of result files")
     _add_report(report)
     gpu = programs.add_parser(
@@ -74,42 +74,66 @@ def _no_evidence(args: argparse.Namespace, argv: list[str] | None) -> int:
     )
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_measuring(parser: argparse.ArgumentParser, *, again: bool) -> None:
+    """Options of every program that measures.
+
+    Args:
+        again: the parser before this one has them too, so what it read is not to be overwritten.
+    """
+
+    def default(value: Any) -> Any:
+        return argparse.SUPPRESS if again else value
+
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help="timed rounds a case (default: 15, gpu: 10)"
+        "--rounds",
+        type=int,
+        default=default(None),
+        metavar="N",
+        help=f"timed rounds a case (default: {_ROUNDS}, gpu: 10)",
     )
     parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)"
+        "--threads",
+        type=int,
+        default=default(1),
+        metavar="N",
+        help="CPU threads (default: 1)",
     )
     parser.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N"
+        "--device", default=default("auto"), metavar="DEVICE", help="auto, cpu, cuda or cuda:N"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=default(None),
+        metavar="DIR",
+        help="folder of results: DIR/<device>/<case>.json, and what else a program keeps",
     )
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
+    def add(name: str, **options: Any) -> None:
+        if again:
+            options["default"] = argparse.SUPPRESS
+        parser.add_argument(name, **options)
+
     parser.set_defaults(program=_run)
-    parser.add_argument("--list", action="store_true", help="list the cases and stop")
-    parser.add_argument(
+    add("--list", action="store_true", help="list the cases and stop")
+    add(
         "--case",
         action="append",
         metavar="NAME",
         help="case to run, or a pattern such as 'minilm-*'; may be repeated (default: all that "
         "suit the device)",
     )
-    parser.add_argument(
+    add(
         "--quick",
         action="store_true",
         help=f"{_QUICK_ROUNDS} rounds, and only the small cases unless --case names others",
     )
-    parser.add_argument(
-        "--compile", action="store_true", help="add torch.compile variants (about a minute each)"
-    )
-    _add_device(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to one file")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write DIR/<device>/<case>.json for each case"
-    )
-    parser.add_argument(
+    add("--compile", action="store_true", help="add torch.compile variants (about a minute each)")
+    _add_measuring(parser, again=again)
+    add("--json", type=Path, metavar="FILE", help="write all results to one file")
+    add(
         "--explain",
         action="store_true",
         help="time nothing: print which path every group takes here, and what was measured",
@@ -118,8 +142,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_gpu(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(program=_gpu)
-    _add_device(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of all that is measured")
+    _add_measuring(parser, again=True)
     parser.add_argument(
         "--minutes",
         type=float,
@@ -174,6 +197,13 @@ def run(args: argparse.Namespace, argv: list[str] | None = None) -> int:
         BenchError: the request itself makes no sense (unknown case, no rounds, no such device,
             ...).
     """
+    if args.program is not _run:
+        # Options of `run` are read before the name of a program too.
+        own = next((name for name in _OF_RUN if getattr(args, name, None)), None)
+        if own is not None:
+            from heterolora.bench.harness.timing import BenchError
+
+            raise BenchError(f"--{own} is of `bench run`, and not of the program that was named")
     status: int = args.program(args, argv)
     return status
 

@@ -26,9 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="?", type=Path, help="the configuration: a JSON file, or main"
     )
-    parser.add_argument("--list", action="store_true", help="list the arms and stop")
+    # These two are read before the name of the program too, and must not be overwritten.
+    parser.add_argument(
+        "--list", action="store_true", help="list the arms and stop", default=argparse.SUPPRESS
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the tasks' folders")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of results", default=argparse.SUPPRESS
+    )
     parser.add_argument(
         "--model", metavar="NAME", help="minilm or a model folder, in place of the configuration's"
     )

@@ -281,3 +281,18 @@ def test_a_program_takes_its_own_options_only(argv, capsys):
         parse(*argv)
     assert caught.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_options_count_before_the_program_and_behind_it():
+    for argv in (
+        ["--case", "a", "--rounds", "3", "run"],
+        ["run", "--case", "a", "--rounds", "3"],
+        ["--rounds", "3", "run", "--case", "a"],
+    ):
+        args = parse(*argv)
+        assert (args.case, args.rounds, args.threads, args.quick) == (["a"], 3, 1, False)
+    args = parse("--rounds", "3", "--out", "x", "gpu", "--threads", "2")
+    assert (args.rounds, str(args.out), args.threads, args.device) == (3, "x", 2, "auto")
+    for argv in (["--case", "x", "report"], ["--quick", "gpu"], ["--explain", "evidence", "main"]):
+        with pytest.raises(BenchError, match="is of `bench run`"):
+            cli.run(parse(*argv), argv)
