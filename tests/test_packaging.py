@@ -118,10 +118,11 @@ def test_wheel_carries_the_reviews_and_their_licence(wheel: Path) -> None:
     assert "heterolora = heterolora.cli.main:main" in entry
 
 
-def test_wheel_carries_the_templates_of_pages(wheel: Path) -> None:
-    expected = {path.name for path in (ROOT / "heterolora" / "report" / "templates").iterdir()}
-    assert "page.html" in expected
-    assert {path.name for path in (wheel / "heterolora/report/templates").iterdir()} == expected
+@pytest.mark.parametrize("package", ["heterolora/report", "heterolora/bench/report"])
+def test_wheel_carries_the_templates_of_pages(wheel: Path, package: str) -> None:
+    expected = {path.name for path in (ROOT / package / "templates").iterdir()}
+    assert any(name.endswith(".html") for name in expected)
+    assert {path.name for path in (wheel / package / "templates").iterdir()} == expected
 
 
 def test_wheel_is_without_the_evidence_and_says_so(wheel: Path) -> None:
