@@ -165,7 +165,7 @@ def run_case(
 
 def _run_training(
     case: Case,
-    recipe: training.Recipe,
+    recipe: training.TrainRecipe,
     device: torch.device,
     rounds: int,
     on_phase: Callable[[str], None],

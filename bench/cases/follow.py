@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from heterolora.bench.cases.training import ARMS, Plan, Run, through_op, train_arm
+from heterolora.bench.cases.training import ARMS, ArmRun, Plan, through_op, train_arm
 from heterolora.bench.harness.parity import FP32_LIMIT, LOW_PRECISION_FACTOR, Parity, verdict
 from heterolora.bench.harness.steps import Workload
 
@@ -69,7 +69,7 @@ def losses_follow(plan: Plan, gradients: Parity) -> Parity:
     return replace(found, rule=f"{rule}; {gradients.rule}", gradient=gradients.gradient)
 
 
-def _deviation(plan: Plan, fused: Run) -> tuple[str, float, float]:
+def _deviation(plan: Plan, fused: ArmRun) -> tuple[str, float, float]:
     """What the error of the losses is, its limit, and the error."""
     steps, dtype = len(fused.losses), _base_dtype(plan.load)
     theirs = train_arm(plan, "peft", steps=steps)

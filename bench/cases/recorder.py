@@ -8,10 +8,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from heterolora.bench.harness.timing import Stopwatch
 
-__all__ = ["Recorder"]
+__all__ = ["StepRecorder"]
 
 
-class Recorder(TrainerCallback):
+class StepRecorder(TrainerCallback):
     """Losses of all steps, and the time of all but the first ones.
 
     The time is that from the end of the last untimed step to the end of the last step: data

@@ -82,7 +82,7 @@ class Case:
     variants: tuple[str, ...] = _STEPS
     step: BuildStep = _peft_step
     parity: Callable[..., Parity] = check_parity
-    recipe: training.Recipe | None = None
+    recipe: training.TrainRecipe | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -156,9 +156,9 @@ def _of_scoring(shapes: list[Shape]) -> Iterator[Case]:
 def _of_training(shapes: list[Shape]) -> Iterator[Case]:
     for shape in shapes:
         recipe = (
-            training.Recipe(steps=6, untimed=2, gate_steps=4, scoring_batches=2)
+            training.TrainRecipe(steps=6, untimed=2, gate_steps=4, scoring_batches=2)
             if shape.quick
-            else training.Recipe()
+            else training.TrainRecipe()
         )
         for dtype in _DTYPES:
             if dtype == "fp32" and shape.flops > 1e13:

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ARMS",
-    "Arm",
+    "ArmRun",
     "Plan",
-    "Recipe",
-    "Run",
+    "TrainArm",
+    "TrainRecipe",
     "check_device",
     "measure_memory",
     "measure_time",
@@ -49,7 +49,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Arm:
+class TrainArm:
     """A variant of a train case.
 
     Attributes:
@@ -62,15 +62,15 @@ class Arm:
 
 
 ARMS = {
-    "peft": Arm("uniform", False),
-    "fused": Arm("searched", True),
-    "peft-searched": Arm("searched", False),
-    "fused-uniform": Arm("uniform", True),
+    "peft": TrainArm("uniform", False),
+    "fused": TrainArm("searched", True),
+    "peft-searched": TrainArm("searched", False),
+    "fused-uniform": TrainArm("uniform", True),
 }
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainRecipe:
     """What the runs of a case have in common; what is not here is the default of `train`.
 
     Attributes:
@@ -93,7 +93,7 @@ class Plan:
     """A load and its two allocations, by name, and what the search for the second one took."""
 
     load: TrainingLoad
-    recipe: Recipe
+    recipe: TrainRecipe
     allocations: "dict[str, Allocation]"
 
     @property
@@ -102,7 +102,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Run:
+class ArmRun:
     """One training run.
 
     Attributes:
@@ -129,7 +129,7 @@ def check_device(device: torch.device) -> None:
         raise BenchError(f"`train` runs on {chosen}, not on {device}: leave --device out")
 
 
-def search(load: TrainingLoad, recipe: Recipe) -> Plan:
+def search(load: TrainingLoad, recipe: TrainRecipe) -> Plan:
     """The searched allocation, by `heterolora.allocate` with its defaults, and the uniform one.
 
     Raises:
@@ -225,7 +225,7 @@ def train_arm(
     steps: int | None = None,
     counted: bool = False,
     dtype: torch.dtype | None = None,
-) -> Run:
+) -> ArmRun:
     """One run of an arm, by `heterolora.train.run.train`, from fresh adapters.
 
     Args:
@@ -257,14 +257,14 @@ def _run(
     seed: int = SEED,
     steps: int | None = None,
     counted: bool = False,
-) -> Run:
-    from heterolora.bench.cases.recorder import Recorder
+) -> ArmRun:
+    from heterolora.bench.cases.recorder import StepRecorder
     from heterolora.train.run import train
 
     load, arm = plan.load, ARMS[name]
     watch = harness.stopwatch_for(next(iter(load.inputs.values())).device)
     calls = OpCalls()
-    recorder = Recorder(
+    recorder = StepRecorder(
         plan.recipe.untimed, watch, (lambda: calls.adapters["group_linear"]) if counted else None
     )
     with ExitStack() as stack:
@@ -284,7 +284,7 @@ def _run(
     if arm.fused and (result.report is None or result.report.declined):
         raise BenchError(f"{name}: not every layer could be fused: {result.report}")
     losses = torch.stack([loss.double() for loss in recorder.losses]).tolist()
-    return Run(losses, recorder.seconds, recorder.adapters_run, recorder.losses[0].dtype)
+    return ArmRun(losses, recorder.seconds, recorder.adapters_run, recorder.losses[0].dtype)
 
 
 class _Taken:

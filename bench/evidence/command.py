@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from heterolora.bench.evidence.config import Config, Run
+    from heterolora.bench.evidence.config import Config, Trial
     from heterolora.bench.evidence.store import Store
 
 __all__ = ["BEGIN", "END", "add_arguments", "run", "tables", "updated"]
@@ -191,7 +191,7 @@ def _work(
 
 
 def _all(
-    runs: Sequence[Run],
+    runs: Sequence[Trial],
     what: str,
     store: Store,
     data: Path,

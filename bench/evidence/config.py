@@ -12,7 +12,7 @@ from typing import Any
 
 from heterolora.bench.harness.timing import BenchError
 
-__all__ = ["SHIPPED", "Config", "Recipe", "Run", "read_config"]
+__all__ = ["SHIPPED", "Config", "Recipe", "Trial", "read_config"]
 
 SHIPPED = Path(__file__).resolve().parent / "configs"
 
@@ -64,7 +64,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One training run and everything its result depends on.
 
     Attributes:

@@ -9,12 +9,12 @@ from statistics import fmean
 from typing import Any
 
 from heterolora.bench.evidence.arms.registry import ARMS, families
-from heterolora.bench.evidence.config import Config, Run
+from heterolora.bench.evidence.config import Config, Trial
 from heterolora.bench.harness.timing import BenchError
 
 __all__ = ["Choice", "choices", "final_runs"]
 
-Results = Callable[[Run], Mapping[str, Any] | None]
+Results = Callable[[Trial], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Choice:
     rank: int
     family: str
     arm: str
-    candidates: dict[float, tuple[Run, ...]]
+    candidates: dict[float, tuple[Trial, ...]]
 
     @property
     def name(self) -> str:
         return f"{self.task}/rank{self.rank}-{self.family}"
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Trial]:
         """Those that have to be done; none where there is nothing to choose."""
         if len(self.candidates) == 1:
             return []
@@ -86,7 +86,7 @@ def choices(config: Config, arms: Sequence[str]) -> list[Choice]:
             arm,
             {
                 rate: tuple(
-                    Run("choice", task, arm, rank, seed, rate, epochs, config.recipe)
+                    Trial("choice", task, arm, rank, seed, rate, epochs, config.recipe)
                     for seed in config.choice_seeds
                 )
                 for rate in config.learning_rates
@@ -100,7 +100,7 @@ def choices(config: Config, arms: Sequence[str]) -> list[Choice]:
 
 def final_runs(
     config: Config, arms: Sequence[str], rates: Mapping[tuple[str, int, str], float]
-) -> list[Run]:
+) -> list[Trial]:
     """The runs whose learning rate is settled. Seed by seed, so that what is done at any moment
     compares all arms.
 
@@ -108,7 +108,7 @@ def final_runs(
         rates: {(task, rank, family): learning rate}.
     """
     return [
-        Run("test", task, arm, rank, seed, rate, epochs, config.recipe)
+        Trial("test", task, arm, rank, seed, rate, epochs, config.recipe)
         for rank in config.ranks
         for seed in config.seeds
         for task, epochs in config.epochs.items()

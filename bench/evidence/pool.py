@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from heterolora.bench.evidence.config import Run
+from heterolora.bench.evidence.config import Trial
 
 __all__ = ["Outcome", "work_off"]
 
@@ -28,13 +28,13 @@ class Outcome:
         trace: empty, or where an error came from that no one raised on purpose.
     """
 
-    run: Run
+    run: Trial
     result: dict[str, Any] | None
     error: str = ""
     trace: str = ""
 
 
-def work_off(runs: Sequence[Run], data: Path, workers: int) -> Generator[Outcome, None, None]:
+def work_off(runs: Sequence[Trial], data: Path, workers: int) -> Generator[Outcome, None, None]:
     """The outcomes as they come. A worker does run after run, for importing takes seconds.
 
     The workers end when the iterator is closed, also in the middle of their runs. One that dies
@@ -42,7 +42,7 @@ def work_off(runs: Sequence[Run], data: Path, workers: int) -> Generator[Outcome
     """
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(runs))
-    busy: dict[Connection, tuple[Any, Run]] = {}
+    busy: dict[Connection, tuple[Any, Trial]] = {}
     started = []
     try:
         for _ in range(min(workers, len(runs))):

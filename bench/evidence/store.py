@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from heterolora.bench.evidence.config import Run
+from heterolora.bench.evidence.config import Trial
 from heterolora.bench.harness.files import write_whole
 from heterolora.bench.harness.timing import BenchError
 
@@ -20,7 +20,7 @@ __all__ = ["SCHEMA", "Store"]
 
 SCHEMA = 1
 
-_RUN = {field.name for field in fields(Run)}
+_RUN = {field.name for field in fields(Trial)}
 # What every table reads.
 _RESULT = {"loss", "diverged", "parameters", "ranks", "steps", "seconds_per_step", "train_seconds"}
 
@@ -57,7 +57,7 @@ class Store:
         with held:
             yield
 
-    def result(self, run: Run) -> dict[str, Any] | None:
+    def result(self, run: Trial) -> dict[str, Any] | None:
         """What an earlier command found for this run, or None.
 
         Raises:
@@ -76,7 +76,7 @@ class Store:
         result: dict[str, Any] = found["result"]
         return result
 
-    def save(self, run: Run, result: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def save(self, run: Trial, result: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Write the result of a run."""
         entry = {
             "schema": SCHEMA,
@@ -97,7 +97,7 @@ class Store:
         for path in sorted((self.folder / "test").rglob("*.json")):
             yield self._read(path)
 
-    def _path(self, run: Run) -> Path:
+    def _path(self, run: Trial) -> Path:
         return self.folder / f"{run.name}.json"
 
     def _read(self, path: Path) -> dict[str, Any]:

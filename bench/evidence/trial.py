@@ -22,7 +22,7 @@ from transformers import (
 
 from heterolora.bench.evidence.arms.registry import ARMS
 from heterolora.bench.evidence.arms.setting import Setting, adapter_parameters
-from heterolora.bench.evidence.config import Run
+from heterolora.bench.evidence.config import Trial
 from heterolora.bench.evidence.tasks.registry import TASKS
 from heterolora.bench.evidence.tasks.task import Task, Tokenised
 from heterolora.fusion.fuse import fuse
@@ -45,7 +45,7 @@ class Trials:
         self._data = data
         self._tokenised: dict[tuple[Any, ...], tuple[Tokenised, Tokenised]] = {}
 
-    def run(self, run: Run) -> dict[str, Any]:
+    def run(self, run: Trial) -> dict[str, Any]:
         """The result of a run, ready for JSON.
 
         ``loss``, and the task's metric if it has one, are of the test rows, or of the held-out
@@ -129,7 +129,7 @@ class Trials:
         }
         return {**result, "seconds": begin.seconds()}
 
-    def _splits(self, task: Task, run: Run, tokenizer: Any) -> tuple[Tokenised, Tokenised]:
+    def _splits(self, task: Task, run: Trial, tokenizer: Any) -> tuple[Tokenised, Tokenised]:
         recipe = run.recipe
         key = (task.name, recipe.model, recipe.limit, recipe.max_length)
         if key not in self._tokenised:
@@ -144,7 +144,7 @@ class Trials:
         return [train[row] for row in sorted(order[cut:])], [train[row] for row in order[:cut]]
 
 
-def _arguments(run: Run, share: float, scratch: str) -> TrainingArguments:
+def _arguments(run: Trial, share: float, scratch: str) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=scratch,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CANDIDATES",
     "SHAPES",
-    "Trial",
+    "TileTrial",
     "fastest_tile",
     "force",
     "tune_tiles",
@@ -110,7 +110,7 @@ CANDIDATES: Mapping[str, tuple[Tile, ...]] = {
 
 
 @dataclass(frozen=True)
-class Trial:
+class TileTrial:
     """What became of the candidates for one kernel and shape.
 
     Attributes:
@@ -140,7 +140,7 @@ def fastest_tile(
     stopwatch: Stopwatch,
     rounds: int = _ROUNDS,
     left: Callable[[], float] = lambda: math.inf,
-) -> Trial:
+) -> TileTrial:
     """Times the candidates that compute what the shipped tile does.
 
     Args:
@@ -185,7 +185,7 @@ def fastest_tile(
         stopwatch=stopwatch,
     )
     seconds = {tile: statistics.median(timing.seconds[str(tile)]) / len(sets) for tile in calls}
-    return Trial(shipped, min(seconds, key=lambda tile: seconds[tile]), seconds, skipped)
+    return TileTrial(shipped, min(seconds, key=lambda tile: seconds[tile]), seconds, skipped)
 
 
 def _limit(one: "Operands") -> float:
@@ -290,7 +290,7 @@ def _key(entry: MeasuredTile) -> tuple[Any, ...]:
     return entry.kernel, entry.itemsize, entry.block_r, entry.m, entry.n, entry.k
 
 
-def _tried(entry: MeasuredTile, found: Trial) -> dict[str, Any]:
+def _tried(entry: MeasuredTile, found: TileTrial) -> dict[str, Any]:
     return {
         **{name: value for name, value in dataclasses.asdict(entry).items() if name != "seconds"},
         "tile": _short(entry.tile),
@@ -300,7 +300,7 @@ def _tried(entry: MeasuredTile, found: Trial) -> dict[str, Any]:
     }
 
 
-def _line(entry: MeasuredTile, found: Trial) -> str:
+def _line(entry: MeasuredTile, found: TileTrial) -> str:
     gain = found.seconds[found.shipped] / entry.seconds
     lines = [
         f"{entry.kernel} m {entry.m}, k {entry.k}, n {entry.n}, block {entry.block_r}: "

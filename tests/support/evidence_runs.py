@@ -7,7 +7,7 @@ from typing import Any
 
 from tiny import BAD, FILLER, GOOD, save_model
 
-from heterolora.bench.evidence.config import Recipe, Run
+from heterolora.bench.evidence.config import Recipe, Trial
 
 ROWS = 48
 HEADER = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment\n"
@@ -59,7 +59,7 @@ def save_tiny_model(folder: Path, kind: str = "bert") -> Path:
     return save_model(folder, kind)
 
 
-def a_run(model: Path | str, **changes: Any) -> Run:
+def a_run(model: Path | str, **changes: Any) -> Trial:
     """A run of a few steps."""
     recipe = Recipe(model=str(model), batch_size=8, max_length=16, scoring_batches=2)
     values = {
@@ -72,7 +72,7 @@ def a_run(model: Path | str, **changes: Any) -> Run:
         "epochs": 2.0,
         "recipe": recipe,
     }
-    return Run(**{**values, **changes})
+    return Trial(**{**values, **changes})
 
 
 def entry(

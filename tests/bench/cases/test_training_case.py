@@ -12,14 +12,14 @@ import heterolora
 from heterolora.bench import runner
 from heterolora.bench.cases import follow, reviews, training
 from heterolora.bench.cases import registry as cases
-from heterolora.bench.cases.training import Recipe, Run
+from heterolora.bench.cases.training import ArmRun, TrainRecipe
 from heterolora.bench.harness.parity import Parity
 from heterolora.bench.harness.record import BenchRun, environment, read_run, write_run
 from heterolora.bench.harness.timing import BenchError
 
 CPU = torch.device("cpu")
 TINY = cases.CASES["train-tiny-4x16-fp32"]
-RECIPE = Recipe(steps=4, untimed=1, gate_steps=3, scoring_batches=1)
+RECIPE = TrainRecipe(steps=4, untimed=1, gate_steps=3, scoring_batches=1)
 GREEN = Parity(True, "", "gradients", 0.0, 0.0)
 
 
@@ -72,7 +72,7 @@ def test_minilm_has_its_own_weights_where_they_are_installed(monkeypatch):
     assert real.weights == "all-MiniLM-L6-v2"
     assert list(real.targets) == list(load.targets) and real.targets == load.targets
     assert real.tokens == load.tokens == 1024
-    assert len(real.rows) >= 32 * training.Recipe().steps
+    assert len(real.rows) >= 32 * training.TrainRecipe().steps
     assert not [m for m in real.model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
 
 
@@ -128,7 +128,7 @@ def test_a_case_end_to_end(tmp_path):
 
 
 def test_what_is_recorded_is_what_trainer_saw(plan, tmp_path):
-    from heterolora.bench.cases.recorder import Recorder
+    from heterolora.bench.cases.recorder import StepRecorder
     from heterolora.train.run import train
 
     steps = iter(range(100))
@@ -142,7 +142,7 @@ def test_what_is_recorded_is_what_trainer_saw(plan, tmp_path):
         def stop(self):
             return 30.0 * (next(steps) - self.began), 60.0
 
-    recorder = Recorder(1, Ticks())
+    recorder = StepRecorder(1, Ticks())
     model = training._adapted(plan, "fused", 0)
     done = train(
         model, training._data(plan.load), output_dir=tmp_path / "run", max_steps=4, batch_size=4,
@@ -159,7 +159,7 @@ def test_rounds_alternate_and_share_their_seed(plan, monkeypatch):
 
     def run(plan, name, *, seed):
         seen.append((name, seed))
-        return Run([0.5 + seed] * 4, (1.0 + len(seen), 2.0), [], torch.float32)
+        return ArmRun([0.5 + seed] * 4, (1.0 + len(seen), 2.0), [], torch.float32)
 
     monkeypatch.setattr(training, "train_arm", run)
     timing, trained = training.measure_time(plan, 2, CPU)
@@ -209,7 +209,7 @@ def test_in_bfloat16_the_limit_is_pefts_own_error(monkeypatch, off, green):
     def run(plan, name, *, steps, counted=False, dtype=None):
         asked.append((name, dtype))
         losses = [2.0, 1.0 + off] if name == "fused-uniform" else theirs[dtype]
-        return Run(losses, (1.0, 1.0), [training.through_op(plan, name)] * steps, torch.bfloat16)
+        return ArmRun(losses, (1.0, 1.0), [training.through_op(plan, name)] * steps, torch.bfloat16)
 
     monkeypatch.setattr(follow, "train_arm", run)
     found = follow.losses_follow(plan, GREEN)
