@@ -24,7 +24,7 @@ def group_linear(
 ) -> list[Tensor]:
     """Apply all sites that read x, each with its low-rank branches, as one operation.
 
-    ``y_i = x W_i^T + b_i + sum_j s_j ((u_j * mask_j) A_j^T) B_j^T``; :mod:`.spec` is its meaning.
+    ``y_i = x W_i^T + b_i + sum_j s_j ((u_j * mask_j) A_j^T) B_j^T``; :mod:`..spec` is its meaning.
     Kept for the backward pass: each source once, and S = u A^T of all branches, packed.
     Differentiable once in x, the sources, the biases, A and B; the weights are frozen. Under
     autocast x, the weights and the biases are cast as `torch.nn.functional.linear` casts them.
